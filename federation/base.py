@@ -1,0 +1,70 @@
+"""Frozen base models: an `nn.Module`, its per-example loss and its features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen model as the rest of the system sees it.
+
+    loss(module, inputs (B, ...), targets (B, ...)) -> (B,), mean nats per target of each example.
+    features(module, inputs (B, ...)) -> (B, feature_width), what the gate may know of an example.
+    name: goes into records and checkpoints.
+    """
+
+    module: nn.Module
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    features: Callable[[nn.Module, Tensor], Tensor]
+    feature_width: int
+    target_modules: tuple[str, ...]
+    name: str
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    """The module in evaluation mode, without gradients for its parameters (changed in place)."""
+    return module.eval().requires_grad_(False)
+
+
+def causal_lm_loss(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Next-token loss of a transformers causal language model, mean over a window's targets.
+
+    Shapes: inputs (B, T) int64, targets (B, T) int64 already shifted (-100 is ignored), result (B,) nats per token.
+    """
+    logits = module(input_ids=inputs, use_cache=False).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
+    counted = (targets != -100).sum(1).clamp_min(1)
+    return loss.view(targets.shape).sum(1) / counted
+
+
+def causal_lm_features(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Mean of the last hidden state over the window: (B, T) -> (B, hidden)."""
+    return torch.as_tensor(module.base_model(input_ids=inputs, use_cache=False).last_hidden_state).mean(1)
+
+
+def causal_lm(name_or_path: str | Path, target_modules: tuple[str, ...], **from_pretrained: Any) -> BaseModel:
+    """A causal language model from a local path or a hub name, through transformers' `from_pretrained`."""
+    from transformers import AutoModelForCausalLM
+
+    module = frozen(AutoModelForCausalLM.from_pretrained(name_or_path, **from_pretrained))
+    return causal_lm_base(module, target_modules, str(name_or_path))
+
+
+def causal_lm_base(module: nn.Module, target_modules: tuple[str, ...], name: str) -> BaseModel:
+    """A causal language model that is already in memory, as a BaseModel."""
+    return BaseModel(
+        module=frozen(module),
+        loss=causal_lm_loss,
+        features=causal_lm_features,
+        feature_width=int(module.config.hidden_size),  # type: ignore[union-attr, arg-type]
+        target_modules=target_modules,
+        name=name,
+    )

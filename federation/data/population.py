@@ -1,0 +1,75 @@
+"""The protocol that every source of users fulfils, and the batch that users' data travels in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from federation.base import BaseModel
+from federation.streams import Streams, UserIds
+
+Part = Literal["support", "query", "test"]
+"""A user's data for adapting, for outer signals and reward, and for reporting."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples of U users, stacked.
+
+    inputs (U, N, ...), targets (U, N, ...), weight (U, N) float32: 0 is padding, so users may own different amounts.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    weight: Tensor
+
+    @property
+    def users(self) -> int:
+        return self.weight.shape[0]
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """inputs and targets with users and examples in one leading axis: (U * N, ...)."""
+        return self.inputs.flatten(0, 1), self.targets.flatten(0, 1)
+
+    def slice(self, start: int, stop: int) -> Batch:
+        """Examples start..stop of every user."""
+        return Batch(self.inputs[:, start:stop], self.targets[:, start:stop], self.weight[:, start:stop])
+
+    def take(self, users: slice | Tensor) -> Batch:
+        """Some of the users."""
+        return Batch(self.inputs[users], self.targets[users], self.weight[users])
+
+
+class Population(Protocol):
+    """Users and their data. Cost is O(users asked for), never O(all users)."""
+
+    name: str
+
+    def users(self, split: str) -> range | UserIds:
+        """The ids of a split ("train" or "new"): a range, or an int64 array."""
+        ...
+
+    def batch(self, user_ids: UserIds, part: Part, size: int | None, streams: Streams) -> Batch:
+        """`size` examples of each user, drawn from the streams (with replacement where a user owns fewer);
+        with size None the whole part, in order, padded with weight 0."""
+        ...
+
+    def base_model(self) -> BaseModel:
+        """The frozen model that this population's users share."""
+        ...
+
+    def groups(self, user_ids: UserIds) -> UserIds:
+        """(U,) int64: users of one group are not independent (projects, plays); errors are clustered by it."""
+        ...
+
+    def describe(self) -> dict[str, object]:
+        """What a record needs to know: sizes, what was left out and why, fingerprint of the data."""
+        ...
+
+
+def as_array(ids: range | UserIds) -> UserIds:
+    """The ids as an int64 array."""
+    return np.asarray(ids, dtype=np.int64)

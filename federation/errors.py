@@ -1,0 +1,55 @@
+"""Every error that fedquilt raises on purpose.
+
+A message states the rule, the value, the place and the remedy.
+
+    FedquiltError
+    ├── ConfigError        a configuration that cannot be run (also a ValueError)
+    ├── PopulationError    users or their data are not as asked
+    ├── PoolError          rows or units do not belong to this pool
+    │   └── MaskError      a packed mask that is not one of this pool
+    ├── CodecError         bytes that are not a valid update
+    ├── StoreError         the user store is damaged, full or of another format
+    ├── CheckpointError    no usable checkpoint
+    ├── PluginError        an unknown, duplicate or ill-formed plugin
+    └── RunError           a run that cannot start, continue or be read
+"""
+
+
+class FedquiltError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class ConfigError(FedquiltError, ValueError):
+    """A configuration that cannot be run."""
+
+
+class PopulationError(FedquiltError):
+    """Users or their data are not as asked."""
+
+
+class PoolError(FedquiltError):
+    """Rows or units do not belong to this pool."""
+
+
+class MaskError(PoolError):
+    """A packed mask that is not one of this pool."""
+
+
+class CodecError(FedquiltError):
+    """Bytes that are not a valid update."""
+
+
+class StoreError(FedquiltError):
+    """The user store is damaged, full or of another format."""
+
+
+class CheckpointError(FedquiltError):
+    """No usable checkpoint."""
+
+
+class PluginError(FedquiltError):
+    """An unknown, duplicate or ill-formed plugin."""
+
+
+class RunError(FedquiltError):
+    """A run that cannot start, continue or be read."""
