@@ -1,0 +1,135 @@
+"""Adapted layers on PEFT's tuner machinery. A layer owns no parameters of a user: rows are bound for one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from federation.errors import PoolError
+from federation.pool.kernel import StackedLowRank, gated_low_rank
+
+
+@dataclass(frozen=True)
+class UserRows:
+    """Each user's own k rows: {module: (U, k, d_in + d_out)}. Zero rows are padding and do nothing."""
+
+    users: int
+    rows: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class GatedPool:
+    """The pool's rows {module: (R, d_in + d_out)}, shared, and how far each user switches each unit on: (U, R)."""
+
+    users: int
+    rows: Mapping[str, Tensor]
+    gates: Mapping[str, Tensor]
+
+
+Binding = UserRows | GatedPool
+
+_BOUND: ContextVar[Binding | None] = ContextVar("fedquilt_binding", default=None)
+
+
+@contextmanager
+def binding(value: Binding) -> Iterator[None]:
+    """Binds rows for the calls made inside. Per thread and task, so one user's training never meets another's."""
+    token = _BOUND.set(value)
+    try:
+        yield
+    finally:
+        _BOUND.reset(token)
+
+
+@dataclass
+class TunerConfig(PeftConfig):  # type: ignore[misc]
+    """What the tuner needs to know: the modules to adapt, as in PEFT, and the scale s."""
+
+    target_modules: Any = None
+    exclude_modules: Any = None
+    scale: float = 1.0
+    bias: str = field(default="none", init=False)
+
+
+class PoolLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A frozen linear layer (`nn.Linear` or transformers' `Conv1D`) plus the units bound for this call.
+
+    Its input's leading axis is users x examples, user by user; without a binding it is exactly the base layer.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ()
+
+    def __init__(self, base_layer: nn.Module, module_name: str, scale: float) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.module_name = module_name
+        self.scale = scale
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        weight = self._weight()
+        self.d_in, self.d_out = weight.shape
+
+    def _weight(self) -> Tensor:
+        """The base's weight as (d_in, d_out); a view."""
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
+        return weight if isinstance(self.base_layer, Conv1D) else weight.t()
+
+    def _bias(self) -> Tensor:
+        bias = self.base_layer.bias
+        return bias if isinstance(bias, Tensor) else self._weight().new_zeros(self.d_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bound = _BOUND.get()
+        if bound is None or self.disable_adapters:
+            return torch.as_tensor(self.base_layer(x))
+        if x.shape[0] % bound.users:
+            raise PoolError(
+                f"the leading axis must be users x examples, got {x.shape[0]} for {bound.users} users "
+                f"(module {self.module_name!r}); give every user the same number of examples"
+            )
+        stacked = x.reshape(bound.users, -1, self.d_in)
+        rows = bound.rows[self.module_name]
+        if isinstance(bound, UserRows):
+            y = StackedLowRank.apply(stacked, self._weight(), self._bias(), rows, self.scale)
+        else:
+            base = self.base_layer(stacked)
+            y = gated_low_rank(stacked, base, rows, bound.gates[self.module_name], self.scale)
+        return torch.as_tensor(y).view(*x.shape[:-1], self.d_out)
+
+
+class PoolTuner(BaseTuner):  # type: ignore[misc]
+    """Replaces the targeted linear layers of a model by `PoolLayer`s.
+
+    Built directly (`PoolTuner(model, TunerConfig(...), "pool")`), since PEFT's registry takes no new adapter types.
+    """
+
+    prefix = "pool_"
+    tuner_layer_cls = PoolLayer
+    target_module_mapping: Mapping[str, list[str]] = {}
+
+    def _create_and_replace(
+        self,
+        peft_config: TunerConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if not isinstance(target, nn.Linear | Conv1D):
+            raise PoolError(
+                f"only nn.Linear and Conv1D can be adapted, got {type(target).__name__} at {current_key!r}; "
+                f"narrow target_modules ({sorted(peft_config.target_modules)})"
+            )
+        self._replace_module(parent, target_name, PoolLayer(target, current_key, peft_config.scale), target)

@@ -1,0 +1,75 @@
+"""A base model with a pool around it: what clients call to get U users' losses in one computation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from federation.base import BaseModel
+from federation.data.population import Batch
+from federation.errors import PoolError
+from federation.pool.layers import GatedPool, TunerConfig, PoolLayer, PoolTuner, UserRows, binding
+from federation.pool.spec import ModuleSpec, PoolSpec
+from federation.update import Values
+
+
+class PooledModel:
+    """A frozen base model whose targeted linear layers take units from a pool.
+
+    >>> model = PooledModel(base, rank=32, scale=2.0)
+    >>> with model.bound(rows):               # {section: (U, k, d_in + d_out)}
+    ...     loss_u = model.loss(batch)        # (U,)
+    """
+
+    def __init__(self, base: BaseModel, rank: int, scale: float, target_modules: tuple[str, ...] | None = None) -> None:
+        targets = list(target_modules or base.target_modules)
+        try:
+            PoolTuner(base.module, TunerConfig(target_modules=targets, scale=scale), "pool")
+        except ValueError as error:
+            names = sorted({name.rsplit(".", 1)[-1] for name, m in base.module.named_modules() if hasattr(m, "weight")})
+            raise PoolError(f"target_modules {targets} match no linear layer of {base.name!r}; it has {names}") from error
+        layers = [m for m in base.module.modules() if isinstance(m, PoolLayer)]
+        self.base = base
+        self.spec = PoolSpec(tuple(ModuleSpec(m.module_name, m.d_in, m.d_out) for m in layers), rank, scale)
+
+    def bound(self, rows: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Binds each user's own rows, {section: (U, k, d_in + d_out)}, for the calls made inside."""
+        users = {rows[m.section].shape[0] for m in self.spec.modules if m.section in rows}
+        for m in self.spec.modules:
+            got = tuple(rows[m.section].shape) if m.section in rows else None
+            if got is None or len(got) != 3 or got[2] != m.width or len(users) != 1:
+                raise PoolError(
+                    f"bound rows must be (U, k, {m.width}) with one U for all modules, got {got} (module {m.name!r}); "
+                    "were they gathered from another pool?"
+                )
+        return binding(UserRows(users.pop(), {m.name: rows[m.section] for m in self.spec.modules}))
+
+    def gated(self, values: Values, gates_ug: Tensor) -> AbstractContextManager[None]:
+        """Binds the whole pool with unit g of user u at strength gates_ug (U, G), for the calls made inside."""
+        if gates_ug.shape[1] != self.spec.units:
+            raise PoolError(f"gates must be (U, {self.spec.units}), got {tuple(gates_ug.shape)}; made for another pool?")
+        by_module = gates_ug.view(len(gates_ug), len(self.spec.modules), self.spec.rank)
+        rows = {m.name: values[m.section] for m in self.spec.modules}
+        gates = {m.name: by_module[:, j] for j, m in enumerate(self.spec.modules)}
+        return binding(GatedPool(len(gates_ug), rows, gates))
+
+    def unbound(self) -> AbstractContextManager[None]:
+        """The frozen base itself, for the calls made inside."""
+        return nullcontext()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Each user's mean loss over its examples, weighted by `batch.weight`: (U,) nats; 0 for a user without any."""
+        inputs, targets = batch.flat()
+        loss_un = self.base.loss(self.base.module, inputs, targets).view(batch.weight.shape)
+        return (loss_un * batch.weight).sum(1) / batch.weight.sum(1).clamp_min(1e-12)
+
+    @torch.no_grad()
+    def features(self, batch: Batch) -> Tensor:
+        """Each user's mean features from the frozen base: (U, feature_width)."""
+        inputs, _ = batch.flat()
+        features = self.base.features(self.base.module, inputs).view(*batch.weight.shape, -1)
+        weight = batch.weight[..., None]
+        return (features * weight).sum(1) / weight.sum(1).clamp_min(1e-12)
