@@ -1,0 +1,167 @@
+"""A user's whole work in one round, for U users at once: the same function on a device and in a simulation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from client.adapt import sgd, unit_gains
+from client.state import UserBlock
+from federation import masks
+from federation.config import GateConfig, LocalConfig
+from federation.data.population import Batch, Population
+from federation.gate import GateSpec, GateState
+from federation.mask_distribution import Bernoulli, FixedBudget, MaskDistribution
+from federation.policy_gradient import entropy_bonus, explored, price, reinforce
+from federation.pool.model import PooledModel
+from federation.pool.spec import gather, rows_of_mask
+from federation.state import GATE_SECTION, gate_spec
+from federation.streams import Streams, UserIds
+from federation.update import Section, UpdateBlock, Values
+
+
+@dataclass(frozen=True)
+class RoundState:
+    """What the server sends: the trained values, the round (counted from 1) and the version of the values."""
+
+    values: Values
+    round_index: int
+    pool_version: str
+
+
+@dataclass(frozen=True)
+class LocalRule:
+    """How masks are chosen and how a user trains."""
+
+    gate: GateConfig
+    local: LocalConfig
+
+
+@dataclass(frozen=True)
+class RoundData:
+    """What a round needs of U users' data: support examples to adapt on, query examples for rewards."""
+
+    support: Batch
+    query: Batch
+
+
+def round_data(population: Population, user_ids: UserIds, rule: LocalRule, streams: Streams) -> RoundData:
+    """Draws a round's examples. `streams` is the round's."""
+    local = rule.local
+    size = max(local.gain_examples, local.steps * local.examples)
+    return RoundData(
+        population.batch(user_ids, "support", size, streams.at("support")),
+        population.batch(user_ids, "query", local.query_examples, streams.at("query")),
+    )
+
+
+def local_round(
+    model: PooledModel, state: RoundState, users: UserBlock, data: RoundData, rule: LocalRule, streams: Streams
+) -> tuple[UpdateBlock, UserBlock]:
+    """Masks, S inner steps on the active rows, rewards and gate gradients of U users; their updates and new state.
+
+    `streams` is the round's. The update's pool sections hold trained minus given rows of the active units, and its
+    gate section the ascent gradient of the expected reward (reward: minus the query loss before any step).
+    """
+    choice = _choose(model, state, users, data, rule, streams)
+    spec, local = model.spec, rule.local
+    modules = len(spec.modules)
+    max_rows = rule.gate.budget if isinstance(choice.distribution, FixedBudget) else spec.rank
+    ids_ujk, valid_ujk = rows_of_mask(choice.trained_ug, modules, max_rows)
+    start = gather(state.values, spec, ids_ujk, valid_ujk)
+    batches = [data.support.slice(i * local.examples, (i + 1) * local.examples) for i in range(local.steps)]
+    trained, loss_u = sgd(model, start, batches, local.learning_rate, local.factors(state.round_index))
+    sections = {
+        m.section: Section(ids_ujk[:, j].int(), valid_ujk[:, j], trained[m.section] - start[m.section])
+        for j, m in enumerate(spec.modules)
+    }
+    metrics = {"support_loss": loss_u, "active_share": choice.trained_ug.float().mean(1)}
+    if rule.gate.policy == "gate":
+        sections[GATE_SECTION], embedding_ue, signals = _gate_update(model, state, users, data.query, choice, rule)
+        users, metrics = replace(users, embedding_ue=embedding_ue), metrics | signals
+    users = replace(users, mask_ub=masks.pack(choice.trained_ug), visits_u=users.visits_u + 1)
+    weight_u = torch.ones(len(users.ids))
+    return UpdateBlock(sections, weight_u, metrics, state.round_index, state.pool_version), users
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The masks of one round: the one that is trained, and what the gate's gradient needs (None without a gate)."""
+
+    trained_ug: Tensor
+    distribution: MaskDistribution | None
+    gate_state: GateState | None = None
+    samples_ukg: Tensor | None = None
+    log_weight_uk: Tensor | None = None
+
+
+def _choose(
+    model: PooledModel, state: RoundState, users: UserBlock, data: RoundData, rule: LocalRule, streams: Streams
+) -> _Choice:
+    gate, spec = rule.gate, model.spec
+    count = len(users.ids)
+    if gate.policy == "all":
+        return _Choice(torch.ones(count, spec.units, dtype=torch.bool), None)
+    if gate.policy == "random" or state.round_index <= gate.warmup:
+        distribution = distribution_of(torch.zeros(count, spec.units), len(spec.modules), gate)
+        uniform = streams.uniform("mask", users.ids, (1, spec.units))
+        return _Choice(distribution.sample(uniform)[:, 0], distribution)
+    gain_ug = unit_gains(
+        model, state.values, data.support.slice(0, rule.local.gain_examples), gate.budget / spec.rank
+    )
+    if gate.policy == "saliency":
+        distribution = distribution_of(gain_ug, len(spec.modules), gate)
+        return _Choice(distribution.mode(), distribution)
+    gate_state = GateState(model.features(data.support), users.embedding_ue, gain_ug, gate.budget / spec.rank)
+    distribution = distribution_of(
+        gate_spec(model, gate).logits(state.values[GATE_SECTION], gate_state), len(spec.modules), gate
+    )
+    samples_ukg, log_weight_uk = explored(
+        distribution,
+        gate.exploration,
+        streams.uniform("mask", users.ids, (gate.samples, spec.units)),
+        streams.uniform("explore", users.ids, (gate.samples,)),
+    )
+    return _Choice(samples_ukg[:, 0], distribution, gate_state, samples_ukg, log_weight_uk)
+
+
+def _gate_update(
+    model: PooledModel, state: RoundState, users: UserBlock, query: Batch, choice: _Choice, rule: LocalRule
+) -> tuple[Section, Tensor, dict[str, Tensor]]:
+    """The gate's section, the moved private embedding, and metrics. A round without sampled masks sends no gradient."""
+    gate, spec = rule.gate, gate_spec(model, rule.gate)
+    count = len(users)
+    ids, gradient = torch.zeros(count, 1, dtype=torch.int32), torch.zeros(count, spec.size)
+    if choice.gate_state is None:
+        return Section(ids, torch.zeros(count, 1, dtype=torch.bool), gradient[:, None]), users.embedding_ue, {}
+    reward_uk = mask_rewards(model, state.values, choice.samples_ukg, query)
+    gamma_ug = reinforce(choice.distribution, choice.samples_ukg, reward_uk, choice.log_weight_uk)
+    gamma_ug = gamma_ug + entropy_bonus(choice.distribution, gate.entropy)
+    if isinstance(choice.distribution, Bernoulli):
+        gamma_ug = gamma_ug + price(choice.distribution, torch.ones(model.spec.units), gate.price)
+    gradient, embedding_gradient = spec.vjp(state.values[GATE_SECTION], choice.gate_state, gamma_ug)
+    embedding_ue = users.embedding_ue + gate.embedding_rate * embedding_gradient
+    metrics = {"reward": reward_uk.mean(1), "entropy": choice.distribution.entropy()}
+    return Section(ids, torch.ones(count, 1, dtype=torch.bool), gradient[:, None]), embedding_ue, metrics
+
+
+@torch.no_grad()
+def mask_rewards(model: PooledModel, values: Values, masks_ukg: Tensor, query: Batch) -> Tensor:
+    """Minus the query loss of each user under each of its K masks, with the pool's rows as they are: (U, K)."""
+    users, samples, _ = masks_ukg.shape
+    flat = masks_ukg.flatten(0, 1)
+    modules = len(model.spec.modules)
+    most = int(flat.view(users * samples, modules, -1).sum(2).max())
+    ids_ujk, valid_ujk = rows_of_mask(flat, modules, max(most, 1))
+    repeated = query.take(torch.arange(users).repeat_interleave(samples))
+    with model.bound(gather(values, model.spec, ids_ujk, valid_ujk)):
+        return -model.loss(repeated).view(users, samples)
+
+
+def distribution_of(logits_ug: Tensor, modules: int, gate: GateConfig) -> MaskDistribution:
+    """The configured distribution over masks with these logits."""
+    if gate.distribution == "budget":
+        return FixedBudget(logits_ug, modules, gate.budget)
+    return Bernoulli(logits_ug)

@@ -1,0 +1,224 @@
+"""The configuration of a federation: parsed once at the boundary, trusted inside.
+
+Unknown keys are errors that name the nearest known one; every field says in its description what it means.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel as PydanticModel
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from federation.errors import ConfigError
+
+S = TypeVar("S", bound="Settings")
+
+
+class Settings(PydanticModel):
+    """Base of all configuration: frozen, strict about names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PopulationConfig(Settings):
+    """Who the users are."""
+
+    name: str = Field("code", description="code, shakespeare, synthetic, or the name of a plugin")
+    root: Path | None = Field(None, description="a folder of your own projects (population code)")
+    options: dict[str, Any] = Field(default_factory=dict, description="passed to the population")
+
+
+class PoolConfig(Settings):
+    """The shape of the pool."""
+
+    rank: PositiveInt = Field(32, description="units per module (R)")
+    scale: PositiveFloat = Field(2.0, description="s in y = base(x) + s (x down^T) up")
+    target_modules: tuple[str, ...] | None = Field(None, description="as in PEFT; the base model's own by default")
+
+
+class GateConfig(Settings):
+    """How users' masks are chosen, and how the gate learns."""
+
+    policy: Literal["gate", "saliency", "random", "all"] = Field("gate", description="what chooses masks")
+    distribution: Literal["budget", "bernoulli"] = Field("budget", description="fixed budget per module, or not")
+    budget: PositiveInt = Field(8, description="active units per module (k)")
+    embedding: PositiveInt = Field(8, description="width of the private user embedding")
+    hidden: PositiveInt = Field(32, description="width of the gate's hidden layer")
+    factors: PositiveInt = Field(16, description="width D of the unit factors e_g = a_j * b_r")
+    initial_alpha: PositiveFloat = Field(4.0, description="initial weight of the standardised gain")
+    samples: int = Field(4, ge=2, description="masks per user and round, for the leave-one-out baseline (K)")
+    exploration: float = Field(0.05, ge=0, lt=1, description="share of masks drawn uniformly")
+    entropy: float = Field(0.0, ge=0, description="weight of the entropy bonus")
+    price: float = Field(0.0, ge=0, description="price of an active unit (Bernoulli only)")
+    embedding_rate: float = Field(0.1, ge=0, description="step of the private embedding along its policy gradient")
+    warmup: int = Field(20, ge=0, description="first rounds with random masks: gains are zero while up = 0")
+
+    @model_validator(mode="after")
+    def _price_needs_bernoulli(self) -> Self:
+        if self.price and self.distribution != "bernoulli":
+            raise ValueError("with a fixed budget a price has no gradient; set distribution = 'bernoulli' or price = 0")
+        return self
+
+
+class LocalConfig(Settings):
+    """A user's work in one round."""
+
+    steps: PositiveInt = Field(2, description="SGD steps on the active rows (S)")
+    learning_rate: PositiveFloat = Field(0.5, description="of these steps")
+    examples: PositiveInt = Field(4, description="support examples per step")
+    gain_examples: PositiveInt = Field(8, description="support examples that the gains are measured on")
+    query_examples: PositiveInt = Field(4, description="query examples that rewards are measured on")
+    train: Literal["both", "down", "up", "alternate"] = Field("both", description="factors; alternate starts with up")
+
+    def factors(self, round_index: int) -> tuple[str, ...]:
+        """The factors trained in a round (counted from 1)."""
+        if self.train == "both":
+            return ("down", "up")
+        if self.train == "alternate":
+            return ("up",) if round_index % 2 else ("down",)
+        return (self.train,)
+
+
+class CodecConfig(Settings):
+    """How rows are written."""
+
+    rows: Literal["fp32", "fp16", "int8", "ternary"] = Field("fp32", description="format of the rows")
+    top: float = Field(1.0, gt=0, le=1, description="share of values kept (ternary)")
+
+
+class PluginConfig(Settings):
+    """A plugin by name, and its options."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class OptimizerConfig(PluginConfig):
+    """A server optimizer and its rate."""
+
+    rate: PositiveFloat = Field(5e-3, description="learning rate in the first round")
+    schedule: Literal["constant", "cosine"] = Field("cosine", description="cosine falls to zero over the rounds")
+
+
+class LimitsConfig(Settings):
+    """What the server tolerates of one user."""
+
+    pool_norm: PositiveFloat = Field(20.0, description="largest L2 norm of a user's pool update")
+    gate_norm: PositiveFloat = Field(5.0, description="largest L2 norm of a user's gate gradient")
+    weight: PositiveFloat = Field(1.0, description="largest weight")
+
+
+class FederationConfig(Settings):
+    """Rounds, cohorts and how the work is cut."""
+
+    rounds: int = Field(140, ge=0)
+    cohort: PositiveInt = Field(32, description="users per round")
+    shards: PositiveInt = Field(4, description="fixed parts of the population (S), whatever the number of workers")
+    block: PositiveInt = Field(16, description="users trained in one stacked computation (U)")
+    workers: int = Field(2, ge=0, description="Ray worker processes; 0 works in this process")
+    checkpoint_every: PositiveInt = Field(1, description="rounds between checkpoints")
+
+
+class EvaluateConfig(Settings):
+    """How new users are served and measured."""
+
+    methods: tuple[str, ...] = Field((), description="rows of the table; empty leaves evaluation out")
+    users: PositiveInt = Field(96, description="new users measured")
+    tuning_users: PositiveInt = Field(16, description="training users on whose test part rates and steps are chosen")
+    steps: tuple[PositiveInt, ...] = Field((20, 40), description="Adam steps to choose from")
+    learning_rates: tuple[PositiveFloat, ...] = Field((3e-3, 1e-2), description="Adam rates to choose from")
+    examples: PositiveInt = Field(4, description="support examples per step")
+    gain_examples: PositiveInt = Field(64, description="support examples that the gains are measured on")
+    personal: CodecConfig = Field(CodecConfig(rows="ternary", top=0.5), description="how personal values are written")
+    block: PositiveInt = Field(8, description="users tuned in one stacked computation")
+
+
+class RunConfig(Settings):
+    """Everything a run needs; `fedquilt simulate` reads it from TOML."""
+
+    name: str = Field("run", description="what the record calls this run")
+    kind: str = Field("simulation", description="what sort of evidence the record is")
+    seed: int = 0
+    population: PopulationConfig = PopulationConfig()
+    pool: PoolConfig = PoolConfig()
+    gate: GateConfig = GateConfig()
+    local: LocalConfig = LocalConfig()
+    codec: CodecConfig = CodecConfig()
+    strategy: PluginConfig = PluginConfig(name="masked_mean")
+    pool_optimizer: OptimizerConfig = OptimizerConfig(name="adam")
+    gate_optimizer: OptimizerConfig = OptimizerConfig(name="adam")
+    limits: LimitsConfig = LimitsConfig()
+    federation: FederationConfig = FederationConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _budget_fits(self) -> Self:
+        if self.gate.policy != "all" and self.gate.budget > self.pool.rank:
+            raise ValueError(f"gate.budget ({self.gate.budget}) cannot exceed pool.rank ({self.pool.rank}); lower it")
+        return self
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in a TOML file, with `section.key=value` overrides (TOML values; bare words are text)."""
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = tomllib.loads(path.read_text())
+        except OSError as error:
+            raise ConfigError(f"an experiment is a readable TOML file, got {str(path)!r}: {error.strerror}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"an override is key=value, got {override!r}; for example federation.rounds=10")
+        _assign(data, key.strip().split("."), _toml_value(value.strip()))
+    return parse(RunConfig, data)
+
+
+def parse(kind: type[S], data: Mapping[str, Any]) -> S:
+    """Validated settings; a ConfigError lists every fault with its place, and the nearest name for unknown keys."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(kind, dict(fault)) for fault in error.errors())) from None
+
+
+def _assign(data: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    for key in keys[:-1]:
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"{'.'.join(keys)!r} goes through {key!r}, which is a value; name a section")
+    data[keys[-1]] = value
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(kind: type[Settings], fault: Mapping[str, Any]) -> str:
+    place = [str(step) for step in fault["loc"]]
+    where = ".".join(place) or kind.__name__
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(kind, place[:-1])
+        near = difflib.get_close_matches(place[-1], known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
+        return f"unknown key {where!r}; {hint}"
+    return f"{where}: {str(fault['msg']).removeprefix('Value error, ')} (got {fault.get('input')!r})"
+
+
+def _known_keys(kind: type[Settings], path: Sequence[str]) -> list[str]:
+    for step in path:
+        annotation = kind.model_fields[step].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, Settings)):
+            return []
+        kind = annotation
+    return sorted(kind.model_fields)

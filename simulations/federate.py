@@ -1,0 +1,155 @@
+"""The simulated federation: rounds over cohorts, one checkpoint after the other, resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from client.round import RoundState
+from client.store import UserStore, shard_of
+from federation.data.population import as_array
+from federation.errors import PopulationError
+from federation.streams import Streams, UserIds
+from server import checkpoint
+from server.round import ServerState, close, from_checkpoint, to_parts
+from simulations.setup import Setup
+from simulations.worker import Broadcast, ChunkReport, merge_reports, run_chunk
+from simulations.workers import Workers
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What is known of one finished round. metrics: means over the users who took part."""
+
+    round_index: int
+    users: int
+    rejected: dict[str, int]
+    metrics: dict[str, float]
+    seconds: float
+
+    @property
+    def users_per_second(self) -> float:
+        return self.users / self.seconds
+
+
+def federate(
+    setup: Setup,
+    workers: Workers,
+    train_users: range | UserIds,
+    folder: Path,
+    resume: bool,
+    on_round: Callable[[RoundReport], None],
+) -> ServerState:
+    """All rounds of a federation in `folder`, or those that are left when `resume` finds a checkpoint.
+
+    Killed at any moment and resumed, it ends with the same bits: users' records are keyed by round, a round's
+    effects are one checkpoint, and randomness is addressed by round and user.
+    """
+    federation = setup.config.federation
+    checkpoints, users_folder = folder / "checkpoints", folder / "users"
+    state = _last_state(setup, checkpoints) if resume else None
+    if state is None:
+        state = setup.begin()
+        _save(setup, state, checkpoints)
+    store = UserStore(users_folder, federation.shards, setup.record_layout)
+    with store:
+        store.rewind(state.round_index)
+    history = History(folder / "rounds.jsonl", state.round_index)
+    for round_index in range(state.round_index + 1, federation.rounds + 1):
+        started = time.perf_counter()
+        cohort = draw_cohort(train_users, federation.cohort, setup.streams.at("round", round_index))
+        state, report = _one_round(setup, workers, state, cohort, users_folder)
+        if round_index % federation.checkpoint_every == 0 or round_index == federation.rounds:
+            _save(setup, state, checkpoints)
+            with store:
+                store.compact(min(checkpoint.rounds(checkpoints)))
+        metrics = {name: value / report.users for name, value in report.metric_sums.items()}
+        finished = RoundReport(round_index, report.users, report.rejected, metrics, time.perf_counter() - started)
+        history.add(finished)
+        on_round(finished)
+    return state
+
+
+def draw_cohort(train_users: range | UserIds, size: int, streams: Streams) -> UserIds:
+    """`size` different training users, ascending. Costs O(size) for a range, whatever its length.
+
+    Raises PopulationError when there are fewer users than that.
+    """
+    count = len(train_users)
+    if size > count:
+        raise PopulationError(
+            f"a cohort of {size} needs as many training users, the population has {count}; "
+            "lower federation.cohort or give more users"
+        )
+    generator = np.random.Generator(np.random.Philox(int(streams.bits("cohort", np.zeros(1, np.int64), 1)[0, 0])))
+    positions = generator.choice(count, size, replace=False, shuffle=False)
+    chosen = as_array(train_users)[positions] if not isinstance(train_users, range) else train_users.start + positions
+    return np.sort(chosen.astype(np.int64))
+
+
+def last_checkpoint(folder: Path) -> checkpoint.Checkpoint:
+    """The newest usable checkpoint of a federation in `folder`."""
+    return checkpoint.load_latest(folder / "checkpoints")
+
+
+def load_state(setup: Setup, folder: Path) -> ServerState:
+    """The state of a federation that has run in `folder`."""
+    return from_checkpoint(last_checkpoint(folder), setup.rules)
+
+
+class History:
+    """One JSON line per round, of what does not depend on the machine's speed, and the seconds it took."""
+
+    def __init__(self, path: Path, finished_rounds: int) -> None:
+        self._path = path
+        kept = [line for line in read_history(path) if line["round_index"] <= finished_rounds]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def add(self, report: RoundReport) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(asdict(report)) + "\n")
+
+
+def read_history(path: Path) -> list[dict[str, object]]:
+    """The rounds of a history, without a last line that was cut short by a kill."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _one_round(
+    setup: Setup, workers: Workers, state: ServerState, cohort: UserIds, users_folder: Path
+) -> tuple[ServerState, ChunkReport]:
+    broadcast = workers.share(
+        Broadcast(RoundState(state.values, state.round_index + 1, state.version), state.strategy)
+    )
+    chunks = cut(cohort, setup.config.federation.shards)
+    jobs = [(broadcast, setup.config, users_folder, chunk) for chunk in chunks]
+    finished = {position: (partial, report) for position, partial, report in workers.run(run_chunk, jobs)}
+    in_order = [finished[position] for position in range(len(jobs))]
+    partial = workers.fold([partial for partial, _ in in_order], setup.rules.strategy.merge)
+    trained = setup.config.local.factors(state.round_index + 1)
+    frozen = {"down", "up"} - set(trained)
+    return close(state, partial, setup.rules, frozen), merge_reports([report for _, report in in_order])
+
+
+def cut(cohort: UserIds, shards: int) -> Sequence[UserIds]:
+    """The cohort by shard: one chunk for each shard that has users in it, each ascending."""
+    shard_u = shard_of(cohort, shards)
+    return [cohort[shard_u == shard] for shard in np.unique(shard_u)]
+
+
+def _last_state(setup: Setup, checkpoints: Path) -> ServerState | None:
+    if not checkpoints.is_dir():
+        return None
+    return from_checkpoint(checkpoint.load_latest(checkpoints), setup.rules)
+
+
+def _save(setup: Setup, state: ServerState, checkpoints: Path) -> None:
+    meta = {"version": state.version, "config": setup.config.model_dump(mode="json")}
+    checkpoint.save(checkpoints, state.round_index, to_parts(state), meta)

@@ -1,0 +1,127 @@
+"""Where the work is done: in this process, or in Ray actors. Jobs are given out as workers become free.
+
+A job is a module-level function `job(worker, *args) -> (result, report)`. The result may be large and stays where it
+was made until it is folded; the report is small and comes to the driver.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from federation.config import RunConfig
+from federation.errors import RunError
+from server.tree import fold, fold_on_ray
+from simulations.worker import Worker
+
+Job = Callable[..., tuple[Any, Any]]
+
+
+class Workers(Protocol):
+    """Something that runs jobs."""
+
+    def share(self, value: Any) -> Any:
+        """A handle to a value that many jobs take as an argument."""
+        ...
+
+    def run(self, job: Job, arguments: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any, Any]]:
+        """(position, handle of the result, report) of each job, in the order in which they finish."""
+        ...
+
+    def fold(self, results: Sequence[Any], merge: Callable[[Any, Any], Any]) -> Any:
+        """All results merged, in their order."""
+        ...
+
+    def close(self) -> None:
+        """Ends what was started."""
+        ...
+
+
+class InProcess:
+    """One worker in this process: for tests, notebooks and debugging."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._worker = Worker(config, one_thread=False)
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def run(self, job: Job, arguments: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any, Any]]:
+        for position, args in enumerate(arguments):
+            result, report = job(self._worker, *args)
+            yield position, result, report
+
+    def fold(self, results: Sequence[Any], merge: Callable[[Any, Any], Any]) -> Any:
+        return fold(results, merge)
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+class RayWorkers:
+    """One Ray actor of one thread per worker, on a local cluster that ends with this object."""
+
+    def __init__(self, config: RunConfig) -> None:
+        import ray
+
+        self._ray = ray
+        count = config.federation.workers
+        ray.init(
+            num_cpus=count,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}},
+        )
+
+        class Actor:
+            """A Worker that runs whatever job it is handed."""
+
+            def __init__(self) -> None:
+                self._worker = Worker(config)
+
+            def run(self, job: Job, *args: Any) -> tuple[Any, Any]:
+                return job(self._worker, *args)
+
+        actor = ray.remote(num_cpus=1)(Actor)
+        self._actors = [actor.remote() for _ in range(count)]
+
+    def share(self, value: Any) -> Any:
+        return self._ray.put(value)
+
+    def run(self, job: Job, arguments: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any, Any]]:
+        waiting = list(enumerate(arguments))[::-1]
+        running: dict[Any, tuple[int, Any, int]] = {}
+        idle = list(range(len(self._actors)))[::-1]
+        while waiting or running:
+            while waiting and idle:
+                position, args = waiting.pop()
+                number = idle.pop()
+                result, report = self._actors[number].run.options(num_returns=2).remote(job, *args)
+                running[report] = (position, result, number)
+            (done,), _ = self._ray.wait(list(running), num_returns=1)
+            position, result, number = running.pop(done)
+            try:
+                report = self._ray.get(done)
+            except self._ray.exceptions.RayActorError as error:
+                raise RunError(
+                    f"worker {number} died in job {position} of {len(arguments)} ({error.__class__.__name__}); "
+                    "nothing that was checkpointed is lost: run the same command with --resume"
+                ) from error
+            except self._ray.exceptions.RayTaskError as error:
+                raise error.as_instanceof_cause() from None
+            idle.append(number)
+            yield position, result, report
+
+    def fold(self, results: Sequence[Any], merge: Callable[[Any, Any], Any]) -> Any:
+        return self._ray.get(fold_on_ray(results, merge))
+
+    def close(self) -> None:
+        self._ray.shutdown()
+
+
+def start_workers(config: RunConfig) -> Workers:
+    """The workers that a configuration asks for."""
+    return RayWorkers(config) if config.federation.workers else InProcess(config)
