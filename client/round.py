@@ -71,7 +71,7 @@ def local_round(
     max_rows = rule.gate.budget if isinstance(choice.distribution, FixedBudget) else spec.rank
     ids_ujk, valid_ujk = rows_of_mask(choice.trained_ug, modules, max_rows)
     start = gather(state.values, spec, ids_ujk, valid_ujk)
-    batches = [data.support.slice(i * local.examples, (i + 1) * local.examples) for i in range(local.steps)]
+    batches = [data.support.window(i * local.examples, (i + 1) * local.examples) for i in range(local.steps)]
     trained, loss_u = sgd(model, start, batches, local.learning_rate, local.factors(state.round_index))
     sections = {
         m.section: Section(ids_ujk[:, j].int(), valid_ujk[:, j], trained[m.section] - start[m.section])
@@ -109,7 +109,7 @@ def _choose(
         uniform = streams.uniform("mask", users.ids, (1, spec.units))
         return _Choice(distribution.sample(uniform)[:, 0], distribution)
     gain_ug = unit_gains(
-        model, state.values, data.support.slice(0, rule.local.gain_examples), gate.budget / spec.rank
+        model, state.values, data.support.window(0, rule.local.gain_examples), gate.budget / spec.rank
     )
     if gate.policy == "saliency":
         distribution = distribution_of(gain_ug, len(spec.modules), gate)
@@ -138,12 +138,13 @@ def _gate_update(
         return Section(ids, torch.zeros(count, 1, dtype=torch.bool), gradient[:, None]), users.embedding_ue, {}
     reward_uk = mask_rewards(model, state.values, choice.samples_ukg, query)
     gamma_ug = reinforce(choice.distribution, choice.samples_ukg, reward_uk, choice.log_weight_uk)
-    gamma_ug = gamma_ug + entropy_bonus(choice.distribution, gate.entropy)
+    if gate.entropy:
+        gamma_ug = gamma_ug + entropy_bonus(choice.distribution, gate.entropy)
     if isinstance(choice.distribution, Bernoulli):
         gamma_ug = gamma_ug + price(choice.distribution, torch.ones(model.spec.units), gate.price)
     gradient, embedding_gradient = spec.vjp(state.values[GATE_SECTION], choice.gate_state, gamma_ug)
     embedding_ue = users.embedding_ue + gate.embedding_rate * embedding_gradient
-    metrics = {"reward": reward_uk.mean(1), "entropy": choice.distribution.entropy()}
+    metrics = {"reward": reward_uk.mean(1), "reward_spread": reward_uk.std(1)}
     return Section(ids, torch.ones(count, 1, dtype=torch.bool), gradient[:, None]), embedding_ue, metrics
 
 

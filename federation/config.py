@@ -29,8 +29,7 @@ class PopulationConfig(Settings):
     """Who the users are."""
 
     name: str = Field("code", description="code, shakespeare, synthetic, or the name of a plugin")
-    root: Path | None = Field(None, description="a folder of your own projects (population code)")
-    options: dict[str, Any] = Field(default_factory=dict, description="passed to the population")
+    options: dict[str, Any] = Field(default_factory=dict, description="passed to the population (code: root, ...)")
 
 
 class PoolConfig(Settings):
@@ -101,7 +100,7 @@ class PluginConfig(Settings):
 class OptimizerConfig(PluginConfig):
     """A server optimizer and its rate."""
 
-    rate: PositiveFloat = Field(5e-3, description="learning rate in the first round")
+    learning_rate: PositiveFloat = Field(5e-3, description="learning rate in the first round")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="cosine falls to zero over the rounds")
 
 

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from federation.config import OptimizerConfig, RunConfig
 from federation.state import version_of
 from federation.update import Limits, Rejections, Schema, UpdateBlock, Values, admit
 from server.checkpoint import Checkpoint
-from strategies.optimizers import Constant, Cosine, PerPrefix, Schedule
 from strategies.protocol import Optimizer, State, Strategy, Tensors
 from strategies.registry import make_optimizer, make_strategy
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class Rules:
-    """How a federation aggregates."""
+    """How a federation aggregates. `optimizers` are named by the prefix of the sections that they move."""
 
     schema: Schema
     strategy: Strategy[Any]
-    optimizer: Optimizer
+    optimizers: Mapping[str, Optimizer]
     limits: Limits
 
 
@@ -31,7 +33,7 @@ class ServerState:
 
     round_index: int
     values: Values
-    optimizer: Tensors
+    optimizers: Mapping[str, Tensors]
     strategy: State
 
     @property
@@ -42,19 +44,18 @@ class ServerState:
 
 def rules_of(config: RunConfig, schema: Schema) -> Rules:
     """The rules that a configuration names."""
-    optimizer = PerPrefix(
-        {
-            prefix: _optimizer(wanted, config.federation.rounds)
-            for prefix, wanted in (("pool", config.pool_optimizer), ("gate", config.gate_optimizer))
-        }
-    )
+    optimizers = {
+        prefix: _optimizer(wanted, config.federation.rounds)
+        for prefix, wanted in (("pool", config.pool_optimizer), ("gate", config.gate_optimizer))
+    }
     limits = Limits({"pool": config.limits.pool_norm, "gate": config.limits.gate_norm}, config.limits.weight)
-    return Rules(schema, make_strategy(config.strategy.name, **config.strategy.options), optimizer, limits)
+    return Rules(schema, make_strategy(config.strategy.name, **config.strategy.options), optimizers, limits)
 
 
 def begin(rules: Rules, values: Values) -> ServerState:
     """The state before the first round."""
-    return ServerState(0, values, rules.optimizer.init(values), rules.strategy.init(rules.schema))
+    optimizers = {prefix: o.init(_under(prefix, values)) for prefix, o in rules.optimizers.items()}
+    return ServerState(0, values, optimizers, rules.strategy.init(rules.schema))
 
 
 def lift(block: UpdateBlock, strategy_state: State, rules: Rules) -> tuple[Any, Rejections]:
@@ -68,13 +69,18 @@ def close(state: ServerState, partial: Any, rules: Rules, frozen_factors: Collec
     step, strategy_state = rules.strategy.finish(partial, state.strategy)
     if frozen_factors:
         step = step.freeze(rules.schema, frozen_factors)
-    values, optimizer = rules.optimizer.step(state.values, step, state.optimizer)
-    return ServerState(state.round_index + 1, values, optimizer, strategy_state)
+    values, optimizers = dict(state.values), {}
+    for prefix, optimizer in rules.optimizers.items():
+        own = replace(step, sections=_under(prefix, step.sections))
+        moved, optimizers[prefix] = optimizer.step(_under(prefix, state.values), own, state.optimizers[prefix])
+        values.update(moved)
+    return ServerState(state.round_index + 1, values, optimizers, strategy_state)
 
 
 def to_parts(state: ServerState) -> dict[str, Tensors]:
     """The state as the tensors of a checkpoint, by part."""
-    return {"values": state.values, "optimizer": state.optimizer, "strategy": state.strategy.tensors}
+    parts: dict[str, Tensors] = {"values": state.values, "strategy": state.strategy.tensors}
+    return parts | {f"optimizer-{prefix}": tensors for prefix, tensors in state.optimizers.items()}
 
 
 def from_checkpoint(checkpoint: Checkpoint, rules: Rules) -> ServerState:
@@ -83,11 +89,15 @@ def from_checkpoint(checkpoint: Checkpoint, rules: Rules) -> ServerState:
     return ServerState(
         round_index=checkpoint.round_index,
         values={name: parts["values"][name] for name in rules.schema.sections},
-        optimizer=parts["optimizer"],
+        optimizers={prefix: parts[f"optimizer-{prefix}"] for prefix in rules.optimizers},
         strategy=replace(rules.strategy.init(rules.schema), tensors=parts["strategy"]),
     )
 
 
 def _optimizer(wanted: OptimizerConfig, rounds: int) -> Optimizer:
-    schedule: Schedule = Constant(wanted.rate) if wanted.schedule == "constant" else Cosine(wanted.rate, max(rounds, 1))
-    return make_optimizer(wanted.name, rate=schedule, **wanted.options)
+    decay_rounds = rounds if wanted.schedule == "cosine" and rounds else None
+    return make_optimizer(wanted.name, learning_rate=wanted.learning_rate, decay_rounds=decay_rounds, **wanted.options)
+
+
+def _under(prefix: str, by_section: Mapping[str, T]) -> dict[str, T]:
+    return {name: value for name, value in by_section.items() if name.split("/")[0] == prefix}

@@ -24,5 +24,9 @@ def fold_on_ray(partials: Sequence[Any], merge: Callable[[P, P], P]) -> Any:
     """The same tree over Ray object references: each merge is a task, and partials never visit the driver."""
     import ray
 
-    remote_merge = ray.remote(num_cpus=0)(merge)
-    return fold(partials, lambda a, b: remote_merge.remote(a, b))
+    merge_task = ray.remote(num_cpus=0)(_apply)
+    return fold(partials, lambda a, b: merge_task.remote(merge, a, b))
+
+
+def _apply(merge: Callable[[P, P], P], a: P, b: P) -> P:
+    return merge(a, b)

@@ -7,19 +7,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from client.round import RoundState
 from client.store import UserStore, shard_of
+from federation.config import RunConfig
 from federation.data.population import as_array
-from federation.errors import PopulationError
+from federation.errors import PopulationError, RunError
 from federation.streams import Streams, UserIds
 from server import checkpoint
 from server.round import ServerState, close, from_checkpoint, to_parts
 from simulations.setup import Setup
-from simulations.worker import Broadcast, ChunkReport, merge_reports, run_chunk
+from simulations.worker import Broadcast, ChunkReport, merge_reports, run_chunk, run_on_store
 from simulations.workers import Workers
+
+
+HISTORY_NAME = "rounds.jsonl"
 
 
 @dataclass(frozen=True)
@@ -56,18 +61,15 @@ def federate(
     if state is None:
         state = setup.begin()
         _save(setup, state, checkpoints)
-    store = UserStore(users_folder, federation.shards, setup.record_layout)
-    with store:
-        store.rewind(state.round_index)
-    history = History(folder / "rounds.jsonl", state.round_index)
+    _on_store(workers, setup, users_folder, UserStore.rewind, state.round_index)
+    history = _History(folder, state.round_index)
     for round_index in range(state.round_index + 1, federation.rounds + 1):
         started = time.perf_counter()
         cohort = draw_cohort(train_users, federation.cohort, setup.streams.at("round", round_index))
         state, report = _one_round(setup, workers, state, cohort, users_folder)
         if round_index % federation.checkpoint_every == 0 or round_index == federation.rounds:
             _save(setup, state, checkpoints)
-            with store:
-                store.compact(min(checkpoint.rounds(checkpoints)))
+            _on_store(workers, setup, users_folder, UserStore.compact, min(checkpoint.rounds(checkpoints)))
         metrics = {name: value / report.users for name, value in report.metric_sums.items()}
         finished = RoundReport(round_index, report.users, report.rejected, metrics, time.perf_counter() - started)
         history.add(finished)
@@ -102,21 +104,22 @@ def load_state(setup: Setup, folder: Path) -> ServerState:
     return from_checkpoint(last_checkpoint(folder), setup.rules)
 
 
-class History:
-    """One JSON line per round, of what does not depend on the machine's speed, and the seconds it took."""
+class _History:
+    """One JSON line per finished round. Rounds that are done again after a resume are written again."""
 
-    def __init__(self, path: Path, finished_rounds: int) -> None:
-        self._path = path
-        kept = [line for line in read_history(path) if line["round_index"] <= finished_rounds]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    def __init__(self, folder: Path, finished_rounds: int) -> None:
+        kept = [line for line in read_history(folder) if line["round_index"] <= finished_rounds]
+        self._path = folder / HISTORY_NAME
+        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def add(self, report: RoundReport) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps(asdict(report)) + "\n")
 
 
-def read_history(path: Path) -> list[dict[str, object]]:
-    """The rounds of a history, without a last line that was cut short by a kill."""
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The finished rounds of a federation, as `RoundReport`s; without a last line that a kill cut short."""
+    path = folder / HISTORY_NAME
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -144,12 +147,33 @@ def cut(cohort: UserIds, shards: int) -> Sequence[UserIds]:
     return [cohort[shard_u == shard] for shard in np.unique(shard_u)]
 
 
+def _on_store(
+    workers: Workers, setup: Setup, folder: Path, action: Callable[[UserStore, int], None], round_index: int
+) -> None:
+    """Runs a method of the user store on a worker: a process may open a shard once only."""
+    for _ in workers.run(run_on_store, [(setup.config, folder, action, round_index)]):
+        pass
+
+
 def _last_state(setup: Setup, checkpoints: Path) -> ServerState | None:
     if not checkpoints.is_dir():
         return None
-    return from_checkpoint(checkpoint.load_latest(checkpoints), setup.rules)
+    found = checkpoint.load_latest(checkpoints)
+    if found.meta["config"] != _identity(setup.config):
+        raise RunError(
+            f"a run resumes with the configuration it was started with, {checkpoints.parent} was started with another; "
+            "give that one, or another --out"
+        )
+    return from_checkpoint(found, setup.rules)
 
 
 def _save(setup: Setup, state: ServerState, checkpoints: Path) -> None:
-    meta = {"version": state.version, "config": setup.config.model_dump(mode="json")}
+    meta = {"version": state.version, "config": _identity(setup.config)}
     checkpoint.save(checkpoints, state.round_index, to_parts(state), meta)
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    """The part of a configuration that decides the bits: not who works, nor what is measured afterwards."""
+    return config.model_dump(
+        mode="json", exclude={"name": True, "kind": True, "evaluate": True, "federation": {"workers", "checkpoint_every"}}
+    )

@@ -60,9 +60,14 @@ class Setup:
         return begin(self.rules, values)
 
 
-def set_up(config: RunConfig, base: BaseModel) -> Setup:
-    """The fixed parts of a federation over a base model. One base may carry several."""
-    return Setup(config, PooledModel(base, config.pool.rank, config.pool.scale, config.pool.target_modules))
+def wrap(config: RunConfig, base: BaseModel) -> PooledModel:
+    """The base model with the pool that a configuration describes around it."""
+    return PooledModel.around(base, config.pool.rank, config.pool.scale, config.pool.target_modules)
+
+
+def set_up(config: RunConfig, model: PooledModel) -> Setup:
+    """The fixed parts of a federation. One wrapped model serves federations with pools of several ranks."""
+    return Setup(config, model.of_rank(config.pool.rank))
 
 
 def row_format(config: CodecConfig) -> RowFormat:

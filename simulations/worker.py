@@ -5,7 +5,7 @@ A chunk is a shard's part of one cohort: the unit of work, of retry and of commi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from federation.streams import UserIds
 from federation.update import UpdateBlock
 from server.round import lift
 from simulations.populations import make_population
-from simulations.setup import Setup, set_up
+from simulations.setup import Setup, set_up, wrap
 from strategies.protocol import State
 
 
@@ -51,7 +51,7 @@ class Worker:
         if one_thread:
             torch.set_num_threads(1)
         self.population: Population = make_population(config.population)
-        self.base = self.population.base_model()
+        self._model = wrap(config, self.population.base_model())
         self._setups: dict[str, Setup] = {}
         self._stores: dict[Path, UserStore] = {}
 
@@ -59,7 +59,7 @@ class Worker:
         """The fixed parts of a federation, made once."""
         key = config.model_dump_json()
         if key not in self._setups:
-            self._setups[key] = set_up(config, self.base)
+            self._setups[key] = set_up(config, self._model)
         return self._setups[key]
 
     def store(self, setup: Setup, folder: Path) -> UserStore:
@@ -90,6 +90,14 @@ def run_chunk(
         reports.append(_report(update, rejections.reasons))
     store.write(join(trained), round_index)
     return partial, merge_reports(reports)
+
+
+def run_on_store(
+    worker: Worker, config: RunConfig, store_folder: Path, action: Callable[[UserStore, int], None], round_index: int
+) -> tuple[None, None]:
+    """Compacts or rewinds the user store."""
+    action(worker.store(worker.setup(config), store_folder), round_index)
+    return None, None
 
 
 def blocks(count: int, size: int) -> Iterator[slice]:

@@ -7,6 +7,7 @@ was made until it is folded; the report is small and comes to the driver.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -63,6 +64,7 @@ class RayWorkers:
     """One Ray actor of one thread per worker, on a local cluster that ends with this object."""
 
     def __init__(self, config: RunConfig) -> None:
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else ray.init warns of a future change
         import ray
 
         self._ray = ray

@@ -34,7 +34,7 @@ class Batch:
         """inputs and targets with users and examples in one leading axis: (U * N, ...)."""
         return self.inputs.flatten(0, 1), self.targets.flatten(0, 1)
 
-    def slice(self, start: int, stop: int) -> Batch:
+    def window(self, start: int, stop: int) -> Batch:
         """Examples start..stop of every user."""
         return Batch(self.inputs[:, start:stop], self.targets[:, start:stop], self.weight[:, start:stop])
 

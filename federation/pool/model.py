@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,15 +17,26 @@ from federation.pool.spec import ModuleSpec, PoolSpec
 from federation.update import Values
 
 
+@dataclass(frozen=True)
 class PooledModel:
     """A frozen base model whose targeted linear layers take units from a pool.
 
-    >>> model = PooledModel(base, rank=32, scale=2.0)
+    >>> model = PooledModel.around(base, rank=32, scale=2.0)
     >>> with model.bound(rows):               # {section: (U, k, d_in + d_out)}
     ...     loss_u = model.loss(batch)        # (U,)
     """
 
-    def __init__(self, base: BaseModel, rank: int, scale: float, target_modules: tuple[str, ...] | None = None) -> None:
+    base: BaseModel
+    spec: PoolSpec
+
+    @classmethod
+    def around(
+        cls, base: BaseModel, rank: int, scale: float, target_modules: tuple[str, ...] | None = None
+    ) -> PooledModel:
+        """Wraps the targeted linear layers of the base's module, in place; once for each module.
+
+        Raises PoolError when the targets match nothing, or something that is not a linear layer.
+        """
         targets = list(target_modules or base.target_modules)
         try:
             PoolTuner(base.module, TunerConfig(target_modules=targets, scale=scale), "pool")
@@ -32,8 +44,11 @@ class PooledModel:
             names = sorted({name.rsplit(".", 1)[-1] for name, m in base.module.named_modules() if hasattr(m, "weight")})
             raise PoolError(f"target_modules {targets} match no linear layer of {base.name!r}; it has {names}") from error
         layers = [m for m in base.module.modules() if isinstance(m, PoolLayer)]
-        self.base = base
-        self.spec = PoolSpec(tuple(ModuleSpec(m.module_name, m.d_in, m.d_out) for m in layers), rank, scale)
+        return cls(base, PoolSpec(tuple(ModuleSpec(m.module_name, m.d_in, m.d_out) for m in layers), rank, scale))
+
+    def of_rank(self, rank: int) -> PooledModel:
+        """The same wrapped model with a pool of another rank: layers own no rows, so they fit any."""
+        return replace(self, spec=replace(self.spec, rank=rank))
 
     def bound(self, rows: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Binds each user's own rows, {section: (U, k, d_in + d_out)}, for the calls made inside."""
@@ -55,10 +70,6 @@ class PooledModel:
         rows = {m.name: values[m.section] for m in self.spec.modules}
         gates = {m.name: by_module[:, j] for j, m in enumerate(self.spec.modules)}
         return binding(GatedPool(len(gates_ug), rows, gates))
-
-    def unbound(self) -> AbstractContextManager[None]:
-        """The frozen base itself, for the calls made inside."""
-        return nullcontext()
 
     def loss(self, batch: Batch) -> Tensor:
         """Each user's mean loss over its examples, weighted by `batch.weight`: (U,) nats; 0 for a user without any."""

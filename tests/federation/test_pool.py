@@ -22,7 +22,7 @@ def random_rows(model, users, k, seed=3):
 @pytest.mark.parametrize("make", MODELS)
 def test_a_block_of_users_equals_a_loop_over_users(make):
     users, k = 3, 2
-    model = PooledModel(make(), rank=4, scale=SCALE)
+    model = PooledModel.around(make(), rank=4, scale=SCALE)
     rows = {name: row.requires_grad_() for name, row in random_rows(model, users, k).items()}
     batch = models.batch_for(model.base, users, 4)
     with model.bound(rows):
@@ -45,7 +45,7 @@ def test_without_units_it_is_exactly_the_base_model(make):
     batch = models.batch_for(base, 2, 3)
     inputs, targets = batch.flat()
     expected = base.loss(base.module, inputs, targets)
-    model = PooledModel(base, rank=4, scale=SCALE)
+    model = PooledModel.around(base, rank=4, scale=SCALE)
     assert base.loss(base.module, inputs, targets).equal(expected)
     no_rows = {name: torch.zeros_like(row) for name, row in random_rows(model, 2, 2).items()}
     with model.bound(no_rows):
@@ -54,7 +54,7 @@ def test_without_units_it_is_exactly_the_base_model(make):
 
 @pytest.mark.parametrize("make", [models.gpt2, models.mlp])
 def test_gated_pool_with_a_0_1_gate_equals_the_gathered_rows(make):
-    model = PooledModel(make(), rank=5, scale=SCALE)
+    model = PooledModel.around(make(), rank=5, scale=SCALE)
     values = {name: row[0] for name, row in random_rows(model, 1, 5).items()}
     mask = torch.rand(3, model.spec.units, generator=torch.Generator().manual_seed(0)) < 0.4
     batch = models.batch_for(model.base, 3, 2)
@@ -74,7 +74,7 @@ def test_rows_of_mask_lists_each_modules_units_in_order():
 def test_bindings_of_two_threads_never_meet():
     import threading
 
-    model = PooledModel(models.gpt2(), rank=4, scale=SCALE)
+    model = PooledModel.around(models.gpt2(), rank=4, scale=SCALE)
     batch = models.batch_for(model.base, 1, 2)
     mine, other = random_rows(model, 1, 2, seed=1), random_rows(model, 1, 2, seed=2)
     with model.bound(mine):
@@ -104,10 +104,10 @@ def test_the_fast_layers_gradient_matches_finite_differences():
 
 def test_bad_input_is_named():
     with pytest.raises(PoolError, match="match no linear layer"):
-        PooledModel(models.gpt2(), rank=4, scale=1.0, target_modules=("c_atn",))
+        PooledModel.around(models.gpt2(), rank=4, scale=1.0, target_modules=("c_atn",))
     with pytest.raises(PoolError, match="only nn.Linear and Conv1D"):
-        PooledModel(models.gpt2(), rank=4, scale=1.0, target_modules=("wte",))
-    model = PooledModel(models.gpt2(), rank=4, scale=1.0)
+        PooledModel.around(models.gpt2(), rank=4, scale=1.0, target_modules=("wte",))
+    model = PooledModel.around(models.gpt2(), rank=4, scale=1.0)
     rows = random_rows(model, 2, 1)
     with pytest.raises(PoolError, match="another pool"):
         model.bound({name: row[..., :-1] for name, row in rows.items()})
@@ -122,6 +122,6 @@ def test_any_local_path_loads_through_from_pretrained(tmp_path):
 
     models.llama().module.save_pretrained(tmp_path)
     loaded = causal_lm(tmp_path, ("q_proj",))
-    assert PooledModel(loaded, rank=2, scale=1.0).spec.modules[0].name == "model.layers.0.self_attn.q_proj"
+    assert PooledModel.around(loaded, rank=2, scale=1.0).spec.modules[0].name == "model.layers.0.self_attn.q_proj"
     assert not any(p.requires_grad for p in loaded.module.parameters())
     assert isinstance(loaded.module, nn.Module)

@@ -1,0 +1,162 @@
+"""The gate: a small policy network from a user's state to one logit per unit.
+
+    logit_ug = e_g . h(state_u) + alpha * gain_ug
+
+The gain is standardised per user and module. e_g = a_j * b_r (elementwise), so the gate grows with J + R,
+not with G = J * R. The last layer of h is zero at first: an untrained gate is the saliency rule "take the
+units of highest first-order gain", and training learns what to correct.
+
+The parameters phi are one flat row, the way they travel: section "gate", one row of |phi| numbers.
+Shapes: U users, F features, E embedding, H hidden, D factor width, J modules, R ranks, G units.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import grad, vmap
+
+from federation.errors import ConfigError, PoolError
+
+Parts = dict[str, Tensor]
+"""phi by name."""
+
+
+@dataclass(frozen=True)
+class GateState:
+    """What the gate knows of U users.
+
+    features_uf: (U, F), from the frozen model over the user's support data.
+    embedding_ue: (U, E), private, trained along with the gate.
+    gain_ug: (U, G), first-order gain of switching a unit on, in any unit of measure; all zero says nothing.
+    budget_share: the active share k / R asked for.
+    """
+
+    features_uf: Tensor
+    embedding_ue: Tensor
+    gain_ug: Tensor
+    budget_share: float
+
+
+def standardise(gain_ug: Tensor, modules: int) -> Tensor:
+    """Mean 0 and standard deviation 1 over each user's R gains of a module; 0 where all are equal: (U, G)."""
+    gain = gain_ug.view(gain_ug.shape[0], modules, -1)
+    largest = gain.abs().amax(2, keepdim=True)
+    scaled = gain / torch.where(largest > 0, largest, 1.0)  # so that squares of tiny gains do not underflow
+    centred = scaled - scaled.mean(2, keepdim=True)
+    deviation = centred.square().mean(2, keepdim=True).sqrt()
+    rounding = torch.finfo(gain.dtype).eps * gain.shape[2]
+    differs = deviation > rounding
+    return torch.where(differs, centred / torch.where(differs, deviation, 1.0), 0.0).view(gain_ug.shape)
+
+
+@dataclass(frozen=True)
+class GateSpec:
+    """The shape of a gate, and its functions.
+
+    alpha is kept as its logarithm: it stays positive, so training may mute the gains but never turn them
+    around, and an optimizer's step on it is relative.
+
+    Raises ConfigError for a width below 1 (an embedding may be 0 wide) and for an initial_alpha not above 0.
+    """
+
+    modules: int
+    rank: int
+    feature_width: int
+    embedding_width: int
+    hidden: int
+    factor_width: int
+    initial_alpha: float
+
+    def __post_init__(self) -> None:
+        for name in ("modules", "rank", "feature_width", "hidden", "factor_width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"a gate's {name} must be at least 1, got {getattr(self, name)}")
+        if self.embedding_width < 0:
+            raise ConfigError(f"a gate's embedding_width must not be negative, got {self.embedding_width}")
+        if not self.initial_alpha > 0:
+            raise ConfigError(
+                f"a gate's initial_alpha must be positive, got {self.initial_alpha}; "
+                "to leave the gains out, give gains of zero"
+            )
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Where everything lies in phi, in order."""
+        return {
+            "input_weight": (self.hidden, self.feature_width + self.embedding_width + 1),
+            "input_bias": (self.hidden,),
+            "output_weight": (self.factor_width, self.hidden),
+            "output_bias": (self.factor_width,),
+            "module_factor": (self.modules, self.factor_width),
+            "rank_factor": (self.rank, self.factor_width),
+            "log_alpha": (1,),
+        }
+
+    @cached_property
+    def size(self) -> int:
+        """|phi|."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def parts(self, phi: Tensor) -> Parts:
+        """Views of phi, (|phi|,) or (1, |phi|), by name. Raises PoolError when phi is another gate's."""
+        if phi.numel() != self.size:
+            raise PoolError(
+                f"this gate has {self.size} parameters, got {phi.numel()}; was it made for another pool?"
+            )
+        pieces = torch.split(phi.reshape(-1), [math.prod(shape) for shape in self.shapes.values()])
+        return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces)}
+
+    def init(self, generator: torch.Generator) -> Tensor:
+        """Fresh parameters (1, |phi|) of a gate that is exactly alpha * standardised gain."""
+        phi = torch.zeros(1, self.size)
+        parts = self.parts(phi)
+        bound = 1.0 / math.sqrt(self.shapes["input_weight"][1])
+        parts["input_weight"].uniform_(-bound, bound, generator=generator)
+        for factor in ("module_factor", "rank_factor"):
+            # The product of two has a standard deviation of 1 / sqrt(D), so e_g has a norm of about 1.
+            parts[factor].normal_(0.0, self.factor_width**-0.25, generator=generator)
+        parts["log_alpha"].fill_(math.log(self.initial_alpha))
+        return phi
+
+    def logits(self, phi: Tensor, state: GateState) -> Tensor:
+        """(U, G) logits, unit (j, r) at j * R + r."""
+        gain_ug = standardise(state.gain_ug, self.modules)
+        return self._logits(self.parts(phi), state.embedding_ue, self._context(state), gain_ug)
+
+    def vjp(self, phi: Tensor, state: GateState, gamma_ug: Tensor) -> tuple[Tensor, Tensor]:
+        """Every user's own gradient of sum_g gamma_ug * logit_ug, with gamma held constant.
+
+        Shapes: gamma_ug (U, G); results d phi (U, |phi|) and d embedding (U, E).
+        """
+
+        def pairing(parts: Parts, embedding: Tensor, context: Tensor, gain: Tensor, gamma: Tensor) -> Tensor:
+            return (self._logits(parts, embedding, context, gain) * gamma).sum()
+
+        # With respect to the parts, not to phi: the gradient of a view would be padded to the size of phi.
+        gradients, embedding_ue = vmap(grad(pairing, argnums=(0, 1)), in_dims=(None, 0, 0, 0, 0))(
+            self.parts(phi),
+            state.embedding_ue,
+            self._context(state),
+            standardise(state.gain_ug, self.modules),
+            gamma_ug,
+        )
+        return torch.cat([gradients[name].flatten(1) for name in self.shapes], 1), embedding_ue
+
+    def _context(self, state: GateState) -> Tensor:
+        """What is not trained: features, layer-normed, and budget: (U, F + 1)."""
+        features = F.layer_norm(state.features_uf, (self.feature_width,))
+        return torch.cat((features, torch.full_like(features[:, :1], state.budget_share)), 1)
+
+    def _logits(self, parts: Parts, embedding: Tensor, context: Tensor, gain: Tensor) -> Tensor:
+        """For any leading axes (none, under vmap): (.., E), (.., F + 1), (.., G) -> (.., G)."""
+        inputs = torch.cat((context, embedding), -1)
+        hidden = F.gelu(F.linear(inputs, parts["input_weight"], parts["input_bias"]))
+        h = F.linear(hidden, parts["output_weight"], parts["output_bias"])
+        correction = (h.unsqueeze(-2) * parts["module_factor"]) @ parts["rank_factor"].t()
+        return correction.flatten(-2) + parts["log_alpha"].exp() * gain

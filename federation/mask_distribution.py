@@ -1,0 +1,221 @@
+"""Distributions over masks, given one logit per unit: what a policy samples from.
+
+Shapes: U users, K masks per user, J modules, R ranks, G = J * R units; unit (j, r) has the number j * R + r.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from federation.errors import ConfigError, MaskError
+
+_FLOOR = -1e9
+"""The logarithm of an impossible event. Finite: the gradient of logaddexp(-inf, -inf) is NaN."""
+
+
+class MaskDistribution(Protocol):
+    """A distribution over the masks of U users, an exponential family with the mask as its statistic."""
+
+    @property
+    def logits_ug(self) -> Tensor: ...
+
+    def sample(self, uniform_ukg: Tensor) -> Tensor:
+        """Masks (U, K, G) bool, from one uniform number strictly inside (0, 1) per unit."""
+        ...
+
+    def mode(self) -> Tensor:
+        """The likeliest mask (U, G) bool; between equal logits, the lower unit."""
+        ...
+
+    def log_prob(self, masks_ukg: Tensor) -> Tensor:
+        """Log-probability of each mask, in nats: (U, K, G) -> (U, K)."""
+        ...
+
+    def inclusion(self) -> Tensor:
+        """The probability that a unit is active: (U, G)."""
+        ...
+
+    def score(self, masks_ukg: Tensor) -> Tensor:
+        """d log_prob / d logits = mask - inclusion: (U, K, G)."""
+        ...
+
+    def entropy(self) -> Tensor:
+        """Entropy in nats: (U,)."""
+        ...
+
+    def entropy_gradient(self) -> Tensor:
+        """d entropy / d logits: (U, G)."""
+        ...
+
+    def uniform(self) -> MaskDistribution:
+        """The same kind of distribution with all logits zero: every possible mask is equally likely."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Bernoulli:
+    """Every unit is active or not, independently, with probability sigmoid(logit)."""
+
+    logits_ug: Tensor
+
+    def sample(self, uniform_ukg: Tensor) -> Tensor:
+        return uniform_ukg < self.inclusion()[:, None]
+
+    def mode(self) -> Tensor:
+        return self.logits_ug > 0
+
+    def log_prob(self, masks_ukg: Tensor) -> Tensor:
+        logits = self.logits_ug[:, None]
+        return F.logsigmoid(torch.where(masks_ukg, logits, -logits)).sum(2)
+
+    def inclusion(self) -> Tensor:
+        return torch.sigmoid(self.logits_ug)
+
+    def score(self, masks_ukg: Tensor) -> Tensor:
+        inclusion_ug = self.inclusion()
+        return masks_ukg.to(inclusion_ug) - inclusion_ug[:, None]
+
+    def variance(self) -> Tensor:
+        """p (1 - p) of every unit, without cancellation: (U, G)."""
+        return torch.sigmoid(self.logits_ug) * torch.sigmoid(-self.logits_ug)
+
+    def entropy(self) -> Tensor:
+        size = self.logits_ug.abs()
+        return (F.softplus(-size) + size * torch.sigmoid(-size)).sum(1)
+
+    def entropy_gradient(self) -> Tensor:
+        return -self.logits_ug * self.variance()
+
+    def uniform(self) -> Bernoulli:
+        return Bernoulli(torch.zeros_like(self.logits_ug))
+
+
+@dataclass(frozen=True, eq=False)
+class FixedBudget:
+    """Exactly `budget` active units in each of `modules` modules: the conditional Bernoulli distribution.
+
+    log pi(S) = sum over S of l_g - log e_k(exp l), per module, with e_k the elementary symmetric polynomial
+    (Chen, Dempster and Liu, "Weighted finite population sampling to maximize entropy", Biometrika 1994).
+    Everything follows from one chain that walks through a module's units and decides on each, given how many
+    are still to be chosen: O(R k), in log space, without subtracting near-equal probabilities.
+
+    Inside, the *lanes* L = U * J are the modules of all users, and m = 0..k is what is still to be chosen.
+
+    Raises ConfigError when the budget is not within 1..R, or the logits do not divide into modules.
+    """
+
+    logits_ug: Tensor
+    modules: int
+    budget: int
+
+    def __post_init__(self) -> None:
+        units = self.logits_ug.shape[1]
+        if self.modules < 1 or units % self.modules:
+            raise ConfigError(f"logits must divide into modules, got {units} for {self.modules} modules")
+        if not 1 <= self.budget <= self.rank:
+            raise ConfigError(
+                f"a budget must be within 1..{self.rank} units per module, got {self.budget}; "
+                "lower the budget or raise the pool's rank"
+            )
+
+    @property
+    def rank(self) -> int:
+        return int(self.logits_ug.shape[1]) // self.modules
+
+    def sample(self, uniform_ukg: Tensor) -> Tensor:
+        users, masks, _ = uniform_ukg.shape
+        by_module = uniform_ukg.reshape(users, masks, self.modules, self.rank)
+        uniform_rkl = by_module.permute(3, 1, 0, 2).reshape(self.rank, masks, users * self.modules)
+        choose_rml = torch.sigmoid(self._log_odds_rml)
+        left_kl = torch.full(uniform_rkl.shape[1:], self.budget, device=uniform_ukg.device)
+        chosen_rkl = torch.empty_like(uniform_rkl, dtype=torch.bool)
+        for r in range(self.rank):
+            # A forced choice has probability exactly 1 or 0, so the count is always right.
+            chosen_rkl[r] = uniform_rkl[r] < choose_rml[r].gather(0, left_kl)
+            left_kl = left_kl - chosen_rkl[r].long()
+        chosen = chosen_rkl.view(self.rank, masks, users, self.modules).permute(2, 1, 3, 0)
+        return chosen.reshape(users, masks, -1)
+
+    def mode(self) -> Tensor:
+        by_module = self.logits_ug.view(-1, self.rank)
+        best = by_module.sort(dim=1, descending=True, stable=True).indices[:, : self.budget]
+        mask = torch.zeros_like(by_module, dtype=torch.bool).scatter_(1, best, True)
+        return mask.view(self.logits_ug.shape)
+
+    def log_prob(self, masks_ukg: Tensor) -> Tensor:
+        """Raises MaskError for a mask that does not have `budget` units in every module."""
+        users, masks, _ = masks_ukg.shape
+        count_ukj = masks_ukg.view(users, masks, self.modules, self.rank).sum(3)
+        if not bool((count_ukj == self.budget).all()):
+            worst = count_ukj[count_ukj != self.budget][0].item()
+            raise MaskError(
+                f"a mask of this distribution has {self.budget} units in each module, got one with {worst}; "
+                "was it drawn with another budget?"
+            )
+        log_e_u = self._log_e_rml[0, self.budget].view(users, self.modules).sum(1)
+        return (masks_ukg * self.logits_ug[:, None]).sum(2) - log_e_u[:, None]
+
+    def inclusion(self) -> Tensor:
+        return self._by_unit((self._reach_rml * torch.sigmoid(self._log_odds_rml)).sum(1))
+
+    def score(self, masks_ukg: Tensor) -> Tensor:
+        inclusion_ug = self.inclusion()
+        return masks_ukg.to(inclusion_ug) - inclusion_ug[:, None]
+
+    def entropy(self) -> Tensor:
+        """The chain rule: the entropy of each decision, weighted by the probability to face it."""
+        size = self._log_odds_rml.abs()
+        decision_rml = F.softplus(-size) + size * torch.sigmoid(-size)
+        entropy_l = (self._reach_rml * decision_rml).sum((0, 1))
+        return entropy_l.view(-1, self.modules).sum(1)
+
+    def entropy_gradient(self) -> Tensor:
+        """-Cov(mask) @ logits, where Cov(mask) = d inclusion / d logits: one forward derivative."""
+
+        def inclusion(logits_ug: Tensor) -> Tensor:
+            return FixedBudget(logits_ug, self.modules, self.budget).inclusion()
+
+        change_ug: Tensor = torch.func.jvp(inclusion, (self.logits_ug,), (self.logits_ug,))[1]
+        return -change_ug
+
+    def uniform(self) -> FixedBudget:
+        return FixedBudget(torch.zeros_like(self.logits_ug), self.modules, self.budget)
+
+    @cached_property
+    def _log_e_rml(self) -> Tensor:
+        """log e_m of the units r, r+1, .., R-1; the floor where m exceeds their number: (R + 1, k + 1, L)."""
+        logits_rl = self.logits_ug.reshape(-1, self.rank).t().contiguous()
+        after = logits_rl.new_full((self.budget + 1, logits_rl.shape[1]), _FLOOR)
+        table = [torch.cat((torch.zeros_like(after[:1]), after[1:]))]
+        for logit_l in reversed(logits_rl.unbind(0)):
+            after = table[-1]
+            table.append(torch.cat((after[:1], torch.logaddexp(after[1:], logit_l + after[:-1]))))
+        return torch.stack(table[::-1])
+
+    @cached_property
+    def _log_odds_rml(self) -> Tensor:
+        """Log-odds of choosing unit r when m are still to be chosen from r, r+1, .., R-1: (R, k + 1, L)."""
+        after = self._log_e_rml[1:]
+        logits_rl = self.logits_ug.reshape(-1, self.rank).t()
+        some = logits_rl[:, None] + after[:, :-1] - after[:, 1:]
+        return torch.cat((torch.full_like(some[:, :1], _FLOOR), some), 1)
+
+    @cached_property
+    def _reach_rml(self) -> Tensor:
+        """Probability that m are still to be chosen when the chain arrives at unit r: (R, k + 1, L)."""
+        choose_rml, skip_rml = torch.sigmoid(self._log_odds_rml), torch.sigmoid(-self._log_odds_rml)
+        nothing = torch.zeros_like(choose_rml[0, :1])
+        reach = [torch.cat((nothing.expand(self.budget, -1), torch.ones_like(nothing)))]
+        for choose_ml, skip_ml in zip(choose_rml[:-1], skip_rml[:-1]):
+            here = reach[-1]
+            reach.append(here * skip_ml + torch.cat(((here * choose_ml)[1:], nothing)))
+        return torch.stack(reach)
+
+    def _by_unit(self, values_rl: Tensor) -> Tensor:
+        return values_rl.t().reshape(self.logits_ug.shape)

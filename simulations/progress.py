@@ -1,0 +1,82 @@
+"""How a run tells what it is doing: stages with a bar, in the terminal or nowhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+
+class Stage(Protocol):
+    """One stage of a run."""
+
+    def update(self, done: int, note: str, total: int | None = None) -> None:
+        """So much is done; `total` where it was not known when the stage began."""
+        ...
+
+    def close(self) -> None:
+        """The stage has ended."""
+        ...
+
+
+class Progress(Protocol):
+    """Where stages are shown."""
+
+    def stage(self, name: str, total: int | None) -> Stage:
+        """Begins a stage of `total` steps (None where it is not known yet)."""
+        ...
+
+
+class Silent:
+    """Shows nothing: for tests and notebooks."""
+
+    def stage(self, name: str, total: int | None) -> Stage:
+        return _SilentStage()
+
+
+class _SilentStage:
+    def update(self, done: int, note: str, total: int | None = None) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Terminal:
+    """A bar per stage, with elapsed and remaining time. On a pipe, one line when a stage ends."""
+
+    def __init__(self, console: Console) -> None:
+        self._rich = RichProgress(
+            TextColumn("{task.description:<18}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+
+    def __enter__(self) -> Terminal:
+        self._rich.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._rich.stop()
+
+    def stage(self, name: str, total: int | None) -> Stage:
+        return _TerminalStage(self._rich, self._rich.add_task(name, total=total, note=""))
+
+
+class _TerminalStage:
+    def __init__(self, rich: RichProgress, task: TaskID) -> None:
+        self._rich, self._task = rich, task
+
+    def update(self, done: int, note: str, total: int | None = None) -> None:
+        self._rich.update(self._task, completed=done, note=note, **({} if total is None else {"total": total}))
+
+    def close(self) -> None:
+        self._rich.stop_task(self._task)

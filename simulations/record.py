@@ -1,0 +1,144 @@
+"""The record of a run: what was run, where, and what came out. Every table and figure is rendered from records."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from federation.errors import RunError
+from federation.files import write_file
+from simulations.evaluate import Evaluation, MethodResult
+from simulations.statistics import Floats, Groups, bootstrap, clustered_error
+
+RECORD_NAME = "record.json"
+USERS_NAME = "evaluation.json"
+_PACKAGES = ("fedquilt", "torch", "transformers", "peft", "flwr", "ray", "numpy", "lmdb", "safetensors")
+
+
+def provenance() -> dict[str, Any]:
+    """The command, commit, versions and machine of this process."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "machine": {
+            "system": platform.system(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        },
+    }
+
+
+def method_table(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """One entry per method. All of mean, p10, p90 and se are of the gain over `base`, in bits per target; `loss` is
+    the mean loss. se is paired and clustered by group; harmed is the share of users worse off than with `base`."""
+    base_u = evaluation.results[0].loss_u
+    return {r.method.name: _method_entry(r, base_u, evaluation.groups_u) for r in evaluation.results}
+
+
+def comparisons(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Paired difference of every two methods: positive where `a` is better. 95% interval over bootstrapped groups."""
+    entries = []
+    for a, b in combinations(evaluation.results, 2):
+        difference_u = b.loss_u - a.loss_u
+        interval = bootstrap(difference_u, evaluation.groups_u)
+        entries.append(
+            {
+                "a": a.method.name,
+                "b": b.method.name,
+                "difference": interval.mean,
+                "se": clustered_error(difference_u, evaluation.groups_u),
+                "low": interval.low,
+                "high": interval.high,
+            }
+        )
+    return entries
+
+
+def users_table(evaluation: Evaluation) -> dict[str, Any]:
+    """Each simulated user's losses, for distributions: ids, groups, and bits per target by method."""
+    return {
+        "ids": evaluation.user_ids.tolist(),
+        "groups": evaluation.groups_u.tolist(),
+        "loss": {r.method.name: np.round(r.loss_u, 6).tolist() for r in evaluation.results},
+        "units_in_use": evaluation.mask_ug.float().mean(0).tolist(),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Written whole or not at all."""
+    write_file(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """The record in a run's folder. Raises RunError when the folder is not that of a finished run."""
+    path = run / RECORD_NAME if run.is_dir() else run
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"a run's folder holds {RECORD_NAME}, {str(run)!r} does not ({error}); give the folder of a finished run, "
+            "or finish it with `fedquilt simulate --resume`"
+        ) from error
+    if not isinstance(record, dict) or "kind" not in record:
+        raise RunError(f"{path} is not a record of a run: it has no 'kind'")
+    return record
+
+
+def _method_entry(result: MethodResult, base_u: Floats, groups_u: Groups) -> dict[str, float]:
+    gain_u = base_u - result.loss_u
+    p10, p90 = np.quantile(gain_u, (0.1, 0.9))
+    return {
+        "mean": float(gain_u.mean()),
+        "p10": float(p10),
+        "p90": float(p90),
+        "harmed": float((gain_u < 0).mean()),
+        "se": clustered_error(gain_u, groups_u),
+        "loss": float(result.loss_u.mean()),
+        "bytes_per_user": float(result.bytes_u.mean()),
+        "active_share": result.active_share,
+        "seconds_per_user": result.seconds_per_user,
+        "learning_rate": result.learning_rate,
+        "steps": result.steps,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, with "+changes" when it differs from it; None outside a checkout."""
+
+    def git(*arguments: str) -> str | None:
+        folder = Path(__file__).parent
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except FileNotFoundError:
+        return None
+    return f"{commit}+changes" if commit and changes else commit
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

@@ -1,0 +1,175 @@
+"""One run from a configuration to its record: federations first, then new users served by every method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from federation.config import RunConfig
+from federation.data.population import Population
+from federation.errors import RunError
+from federation.update import Values
+from server.checkpoint import checksum
+from simulations.evaluate import Evaluation, evaluate
+from simulations.federate import RoundReport, federate, last_checkpoint, read_history
+from simulations.methods import methods_of, sources_of
+from simulations.populations import make_population
+from simulations.progress import Progress, Silent
+from simulations.record import (
+    RECORD_NAME,
+    USERS_NAME,
+    comparisons,
+    method_table,
+    provenance,
+    users_table,
+    write_json,
+)
+from simulations.serve import Trained
+from simulations.setup import set_up, wrap
+from simulations.workers import Workers, start_workers
+
+CONFIG_NAME = "config.json"
+MAIN = "pool"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, its record, and the evaluation (None when no methods were asked for)."""
+
+    folder: Path
+    record: Mapping[str, Any]
+    evaluation: Evaluation | None
+
+
+def run(config: RunConfig, out: Path, resume: bool = False, progress: Progress | None = None) -> Run:
+    """Runs a configuration in the folder `out`; with `resume`, continues what is there.
+
+    Raises RunError when the folder holds a run and `resume` is off, or holds another run's configuration.
+    """
+    progress = progress or Silent()
+    if (out / CONFIG_NAME).exists() and not resume:
+        raise RunError(f"{out} holds a run already; continue it with --resume, or give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / CONFIG_NAME, config.model_dump(mode="json"))
+    started = time.perf_counter()
+    population = make_population(config.population)
+    model = wrap(config, population.base_model())
+    workers = start_workers(config)
+    try:
+        federations = _federations(config)
+        trained = {}
+        for name, federation in federations.items():
+            setup = set_up(federation, model)
+            with _Observer(out, name, federation.federation.rounds, progress) as observer:
+                state = federate(setup, workers, population.users("train"), out / name, resume, observer)
+            trained[name] = state.values
+        evaluation = _evaluate(config, population, workers, federations, trained, progress)
+    finally:
+        workers.close()
+    record = _record(config, population, out, evaluation, time.perf_counter() - started)
+    write_json(out / RECORD_NAME, record)
+    if evaluation is not None:
+        write_json(out / USERS_NAME, users_table(evaluation))
+    return Run(out, record, evaluation)
+
+
+def _federations(config: RunConfig) -> dict[str, RunConfig]:
+    """The federation of the pool, and those that the compared methods need: as many client visits each.
+
+    "shared" is one dense LoRA of rank k by FedAvg: a pool of k units that everyone uses.
+    """
+    sources = sources_of(methods_of(config)) if config.evaluate.methods else set()
+    federations = {MAIN: config}
+    if "shared" in sources:
+        federations["shared"] = config.model_copy(
+            update={
+                "pool": config.pool.model_copy(update={"rank": config.gate.budget}),
+                "gate": config.gate.model_copy(update={"policy": "all"}),
+                "strategy": config.strategy.model_copy(update={"name": "fedavg", "options": {}}),
+            }
+        )
+    if "random_pool" in sources:
+        gate = config.gate.model_copy(update={"policy": "random"})
+        federations["random_pool"] = config.model_copy(update={"gate": gate})
+    return federations
+
+
+class _Observer:
+    """Shows and logs the rounds of one federation."""
+
+    def __init__(self, out: Path, name: str, rounds: int, progress: Progress) -> None:
+        self._writer = SummaryWriter(str(out / "tensorboard" / name))
+        self._stage = progress.stage(f"federate {name}", rounds)
+
+    def __enter__(self) -> _Observer:
+        return self
+
+    def __call__(self, report: RoundReport) -> None:
+        for name, value in report.metrics.items():
+            self._writer.add_scalar(name, value, report.round_index)
+        self._writer.add_scalar("users_per_second", report.users_per_second, report.round_index)
+        self._stage.update(report.round_index, f"{report.users_per_second:.0f} users/s, {_brief(report.metrics)}")
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+        self._stage.close()
+
+
+def _brief(metrics: Mapping[str, float]) -> str:
+    shown = {"support_loss": "loss", "reward": "reward", "active_share": "active"}
+    return ", ".join(f"{label} {metrics[name]:.3f}" for name, label in shown.items() if name in metrics)
+
+
+def _evaluate(
+    config: RunConfig,
+    population: Population,
+    workers: Workers,
+    federations: Mapping[str, RunConfig],
+    values: Mapping[str, Values],
+    progress: Progress,
+) -> Evaluation | None:
+    if not config.evaluate.methods:
+        return None
+    stage = progress.stage("serve new users", None)
+    result = evaluate(
+        workers, population, Trained(config, values, federations), lambda done, total: stage.update(done, "", total)
+    )
+    stage.close()
+    return result
+
+
+def _record(
+    config: RunConfig,
+    population: Population,
+    out: Path,
+    evaluation: Evaluation | None,
+    seconds: float,
+) -> dict[str, Any]:
+    rounds = read_history(out / MAIN)
+    worked = sum(line["seconds"] for line in rounds)
+    record: dict[str, Any] = {
+        "kind": config.kind,
+        "name": config.name,
+        **provenance(),
+        "seed": config.seed,
+        "config": config.model_dump(mode="json"),
+        "population": {"name": population.name, **population.describe()},
+        "users": {split: len(population.users(split)) for split in ("train", "new")},
+        "rounds": config.federation.rounds,
+        "seconds": round(seconds, 1),
+        "users_per_second": round(sum(line["users"] for line in rounds) / worked, 1) if rounds else None,
+        "rejected": sum(sum(line["rejected"].values()) for line in rounds),
+        "checksum": checksum(last_checkpoint(out / MAIN)),
+        "history": [{"round": line["round_index"], **line["metrics"]} for line in rounds],
+    }
+    if evaluation is not None:
+        record["users"] |= {"measured": len(evaluation.user_ids), "groups": len(set(evaluation.groups_u.tolist()))}
+        record["base_bits_per_char"] = float(evaluation.results[0].loss_u.mean())
+        record["methods"] = method_table(evaluation)
+        record["comparisons"] = comparisons(evaluation)
+    return record

@@ -1,0 +1,174 @@
+"""Distributions over masks against enumeration of all masks, in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from federation.errors import ConfigError, MaskError
+from federation.mask_distribution import Bernoulli, FixedBudget, MaskDistribution
+
+EDGES = {
+    "equal": torch.zeros(6),
+    "spread": torch.tensor([50.0, -50.0, 3.0, -2.0, 50.0, -50.0]),
+    "all high": torch.full((6,), 50.0),
+    "all low": torch.full((6,), -50.0),
+    "one far above": torch.tensor([1000.0, 0.0, 0.1, -0.1, 0.2, 0.3]),
+    "ordinary": torch.tensor([0.3, -1.2, 2.1, 0.7, -0.4, 1.5]),
+}
+MODULES_AND_BUDGET = {
+    "1 of 6": (1, 1),
+    "2 of 6": (1, 2),
+    "6 of 6": (1, 6),
+    "2 of 3, twice": (2, 2),
+    "1 of 2, three times": (3, 1),
+}
+KINDS = ("bernoulli", *MODULES_AND_BUDGET)
+
+
+def distribution(kind: str, logits_ug: Tensor) -> MaskDistribution:
+    if kind == "bernoulli":
+        return Bernoulli(logits_ug)
+    return FixedBudget(logits_ug, *MODULES_AND_BUDGET[kind])
+
+
+def all_masks(kind: str) -> Tensor:
+    """Every possible mask of six units: (M, 6) bool."""
+    masks = torch.tensor(list(itertools.product((False, True), repeat=6)))
+    if kind == "bernoulli":
+        return masks
+    modules, budget = MODULES_AND_BUDGET[kind]
+    return masks[(masks.view(64, modules, -1).sum(2) == budget).all(1)]
+
+
+def by_enumeration(kind: str, logits_g: Tensor) -> tuple[Tensor, Tensor]:
+    """All masks (M, 6) and their log-probabilities (M,), from the definition."""
+    masks = all_masks(kind)
+    return masks, torch.log_softmax((masks * logits_g).sum(1), 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("edge", EDGES)
+def test_every_quantity_equals_its_enumeration(kind: str, edge: str) -> None:
+    logits_ug = torch.stack((EDGES["ordinary"].flip(0), EDGES[edge])).double()
+    ours = distribution(kind, logits_ug)
+    for u in range(2):
+        masks, log_prob = by_enumeration(kind, logits_ug[u])
+        prob = log_prob.exp()
+        inclusion = prob @ masks.double()
+        torch.testing.assert_close(ours.log_prob(masks.expand(2, -1, -1))[u], log_prob)
+        torch.testing.assert_close(ours.inclusion()[u], inclusion, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(ours.entropy()[u], -(prob * log_prob).sum(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            ours.score(masks.expand(2, -1, -1))[u], masks.double() - inclusion, rtol=1e-9, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("edge", EDGES)
+def test_float32_is_finite_and_close_to_float64(kind: str, edge: str) -> None:
+    logits_ug = EDGES[edge][None]
+    single, double = distribution(kind, logits_ug), distribution(kind, logits_ug.double())
+    torch.testing.assert_close(single.inclusion().double(), double.inclusion(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(single.entropy().double(), double.entropy(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        single.entropy_gradient().double(), double.entropy_gradient(), rtol=1e-3, atol=1e-3
+    )
+    assert single.log_prob(all_masks(kind)[None]).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_entropy_gradient_equals_finite_differences(kind: str) -> None:
+    logits_ug = EDGES["ordinary"][None].double()
+    step = 1e-5 * torch.eye(6, dtype=torch.float64)
+    above = distribution(kind, logits_ug + step).entropy()
+    below = distribution(kind, logits_ug - step).entropy()
+    torch.testing.assert_close(
+        distribution(kind, logits_ug).entropy_gradient()[0], (above - below) / 2e-5, rtol=1e-6, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_score_is_the_gradient_of_log_prob(kind: str) -> None:
+    masks = all_masks(kind)[None]
+    logits_ug = EDGES["ordinary"][None].double().requires_grad_()
+    log_prob = distribution(kind, logits_ug).log_prob(masks)[0]
+    gradients = [torch.autograd.grad(value, logits_ug, retain_graph=True)[0][0] for value in log_prob]
+    torch.testing.assert_close(distribution(kind, logits_ug).score(masks)[0], torch.stack(gradients))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("edge", EDGES)
+def test_sampling_frequencies_match_probabilities(kind: str, edge: str) -> None:
+    draws = 20_000
+    logits_ug = torch.stack((EDGES[edge], EDGES["ordinary"].flip(0)))
+    uniform = torch.rand(2, draws, 6, generator=torch.Generator().manual_seed(5)).clamp_min(2.0**-25)
+    samples = distribution(kind, logits_ug).sample(uniform)
+    code = 2 ** torch.arange(6)
+    for u in range(2):
+        masks, log_prob = by_enumeration(kind, logits_ug[u].double())
+        counts = torch.bincount((samples[u] * code).sum(1), minlength=64)
+        expected = torch.zeros(64, dtype=torch.float64)
+        expected[(masks * code).sum(1)] = draws * log_prob.exp()
+        spread = (expected * (1 - expected / draws)).sqrt()
+        assert ((counts - expected).abs() <= 4.5 * spread + 1e-6 * draws).all()
+
+
+@pytest.mark.parametrize("budget", [1, 8, 31, 32])
+def test_a_fixed_budget_is_always_met(budget: int) -> None:
+    generator = torch.Generator().manual_seed(budget)
+    logits_ug = torch.randn(16, 4 * 32, generator=generator) * torch.logspace(-1, 3, 16)[:, None]
+    samples = FixedBudget(logits_ug, 4, budget).sample(torch.rand(16, 5, 128, generator=generator))
+    assert (samples.view(16, 5, 4, 32).sum(3) == budget).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mode_is_the_likeliest_mask(kind: str) -> None:
+    logits_g = EDGES["ordinary"]
+    masks, log_prob = by_enumeration(kind, logits_g)
+    assert distribution(kind, logits_g[None]).mode()[0].equal(masks[log_prob.argmax()])
+
+
+def test_mode_prefers_the_lower_unit_between_equals() -> None:
+    mode = FixedBudget(torch.tensor([[0.0, 1.0, 1.0, 1.0, 5.0, 5.0, 5.0, 5.0]]), modules=2, budget=2).mode()
+    assert mode.nonzero()[:, 1].tolist() == [1, 2, 4, 5]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_uniform_gives_every_mask_the_same_probability(kind: str) -> None:
+    masks = all_masks(kind)
+    log_prob = distribution(kind, EDGES["spread"][None].double()).uniform().log_prob(masks[None])[0]
+    torch.testing.assert_close(log_prob.exp(), torch.full((len(masks),), 1 / len(masks), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_of_users_equals_single_users(kind: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits_ug, uniform = torch.randn(9, 6, generator=generator), torch.rand(9, 3, 6, generator=generator)
+    block = distribution(kind, logits_ug)
+    for u in range(9):
+        single = distribution(kind, logits_ug[u : u + 1])
+        assert single.sample(uniform[u : u + 1])[0].equal(block.sample(uniform)[u])
+        torch.testing.assert_close(single.inclusion()[0], block.inclusion()[u], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            single.entropy_gradient()[0], block.entropy_gradient()[u], rtol=0, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("budget", [0, -1, 4])
+def test_an_impossible_budget_is_refused(budget: int) -> None:
+    with pytest.raises(ConfigError, match=rf"within 1\.\.3 units per module, got {budget}"):
+        FixedBudget(torch.zeros(1, 6), modules=2, budget=budget)
+
+
+def test_logits_that_do_not_divide_into_modules_are_refused() -> None:
+    with pytest.raises(ConfigError, match="got 6 for 4 modules"):
+        FixedBudget(torch.zeros(1, 6), modules=4, budget=1)
+
+
+def test_a_mask_of_another_budget_has_no_log_prob() -> None:
+    with pytest.raises(MaskError, match="has 2 units in each module, got one with 3"):
+        FixedBudget(torch.zeros(1, 6), modules=2, budget=2).log_prob(torch.ones(1, 1, 6, dtype=torch.bool))
