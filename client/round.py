@@ -12,7 +12,7 @@ from client.state import UserBlock
 from federation import masks
 from federation.config import GateConfig, LocalConfig
 from federation.data.population import Batch, Population
-from federation.gate import GateSpec, GateState
+from federation.gate import GateState
 from federation.mask_distribution import Bernoulli, FixedBudget, MaskDistribution
 from federation.policy_gradient import entropy_bonus, explored, price, reinforce
 from federation.pool.model import PooledModel
@@ -68,7 +68,8 @@ def local_round(
     choice = _choose(model, state, users, data, rule, streams)
     spec, local = model.spec, rule.local
     modules = len(spec.modules)
-    max_rows = rule.gate.budget if isinstance(choice.distribution, FixedBudget) else spec.rank
+    fixed = rule.gate.policy != "all" and rule.gate.distribution == "budget"
+    max_rows = rule.gate.budget if fixed else spec.rank
     ids_ujk, valid_ujk = rows_of_mask(choice.trained_ug, modules, max_rows)
     start = gather(state.values, spec, ids_ujk, valid_ujk)
     batches = [data.support.window(i * local.examples, (i + 1) * local.examples) for i in range(local.steps)]
@@ -79,73 +80,77 @@ def local_round(
     }
     metrics = {"support_loss": loss_u, "active_share": choice.trained_ug.float().mean(1)}
     if rule.gate.policy == "gate":
-        sections[GATE_SECTION], embedding_ue, signals = _gate_update(model, state, users, data.query, choice, rule)
+        sections[GATE_SECTION], embedding_ue, signals = _gate_update(
+            model, state.values, users, data.query, choice.sampled, rule.gate
+        )
         users, metrics = replace(users, embedding_ue=embedding_ue), metrics | signals
     users = replace(users, mask_ub=masks.pack(choice.trained_ug), visits_u=users.visits_u + 1)
-    weight_u = torch.ones(len(users.ids))
+    weight_u = torch.ones(len(users))
     return UpdateBlock(sections, weight_u, metrics, state.round_index, state.pool_version), users
 
 
 @dataclass(frozen=True)
+class _Sampled:
+    """What the gate's gradient needs: K masks, their importance weights, and where they come from."""
+
+    distribution: MaskDistribution
+    state: GateState
+    masks_ukg: Tensor
+    log_weight_uk: Tensor
+
+
+@dataclass(frozen=True)
 class _Choice:
-    """The masks of one round: the one that is trained, and what the gate's gradient needs (None without a gate)."""
+    """The mask that each user trains, and the gate's samples (None when no gate chose)."""
 
     trained_ug: Tensor
-    distribution: MaskDistribution | None
-    gate_state: GateState | None = None
-    samples_ukg: Tensor | None = None
-    log_weight_uk: Tensor | None = None
+    sampled: _Sampled | None = None
 
 
 def _choose(
     model: PooledModel, state: RoundState, users: UserBlock, data: RoundData, rule: LocalRule, streams: Streams
 ) -> _Choice:
     gate, spec = rule.gate, model.spec
-    count = len(users.ids)
+    modules, share = len(spec.modules), gate.budget / spec.rank
     if gate.policy == "all":
-        return _Choice(torch.ones(count, spec.units, dtype=torch.bool), None)
+        return _Choice(torch.ones(len(users), spec.units, dtype=torch.bool))
     if gate.policy == "random" or state.round_index <= gate.warmup:
-        distribution = distribution_of(torch.zeros(count, spec.units), len(spec.modules), gate)
-        uniform = streams.uniform("mask", users.ids, (1, spec.units))
-        return _Choice(distribution.sample(uniform)[:, 0], distribution)
-    gain_ug = unit_gains(
-        model, state.values, data.support.window(0, rule.local.gain_examples), gate.budget / spec.rank
-    )
+        uniform = distribution_of(torch.zeros(len(users), spec.units), modules, gate)
+        return _Choice(uniform.sample(streams.uniform("mask", users.ids, (1, spec.units)))[:, 0])
+    gain_ug = unit_gains(model, state.values, data.support.window(0, rule.local.gain_examples), share)
     if gate.policy == "saliency":
-        distribution = distribution_of(gain_ug, len(spec.modules), gate)
-        return _Choice(distribution.mode(), distribution)
-    gate_state = GateState(model.features(data.support), users.embedding_ue, gain_ug, gate.budget / spec.rank)
-    distribution = distribution_of(
-        gate_spec(model, gate).logits(state.values[GATE_SECTION], gate_state), len(spec.modules), gate
-    )
-    samples_ukg, log_weight_uk = explored(
+        return _Choice(distribution_of(gain_ug, modules, gate).mode())
+    gate_state = GateState(model.features(data.support), users.embedding_ue, gain_ug, share)
+    logits_ug = gate_spec(model, gate).logits(state.values[GATE_SECTION], gate_state)
+    distribution = distribution_of(logits_ug, modules, gate)
+    masks_ukg, log_weight_uk = explored(
         distribution,
         gate.exploration,
         streams.uniform("mask", users.ids, (gate.samples, spec.units)),
         streams.uniform("explore", users.ids, (gate.samples,)),
     )
-    return _Choice(samples_ukg[:, 0], distribution, gate_state, samples_ukg, log_weight_uk)
+    return _Choice(masks_ukg[:, 0], _Sampled(distribution, gate_state, masks_ukg, log_weight_uk))
 
 
 def _gate_update(
-    model: PooledModel, state: RoundState, users: UserBlock, query: Batch, choice: _Choice, rule: LocalRule
+    model: PooledModel, values: Values, users: UserBlock, query: Batch, sampled: _Sampled | None, gate: GateConfig
 ) -> tuple[Section, Tensor, dict[str, Tensor]]:
-    """The gate's section, the moved private embedding, and metrics. A round without sampled masks sends no gradient."""
-    gate, spec = rule.gate, gate_spec(model, rule.gate)
-    count = len(users)
-    ids, gradient = torch.zeros(count, 1, dtype=torch.int32), torch.zeros(count, spec.size)
-    if choice.gate_state is None:
-        return Section(ids, torch.zeros(count, 1, dtype=torch.bool), gradient[:, None]), users.embedding_ue, {}
-    reward_uk = mask_rewards(model, state.values, choice.samples_ukg, query)
-    gamma_ug = reinforce(choice.distribution, choice.samples_ukg, reward_uk, choice.log_weight_uk)
+    """The gate's section, the moved private embedding, and metrics. Without samples, padding and nothing moved."""
+    spec, count = gate_spec(model, gate), len(users)
+    ids = torch.zeros(count, 1, dtype=torch.int32)
+    if sampled is None:
+        padding = Section(ids, torch.zeros(count, 1, dtype=torch.bool), torch.zeros(count, 1, spec.size))
+        return padding, users.embedding_ue, {}
+    reward_uk = mask_rewards(model, values, sampled.masks_ukg, query)
+    gamma_ug = reinforce(sampled.distribution, sampled.masks_ukg, reward_uk, sampled.log_weight_uk)
     if gate.entropy:
-        gamma_ug = gamma_ug + entropy_bonus(choice.distribution, gate.entropy)
-    if isinstance(choice.distribution, Bernoulli):
-        gamma_ug = gamma_ug + price(choice.distribution, torch.ones(model.spec.units), gate.price)
-    gradient, embedding_gradient = spec.vjp(state.values[GATE_SECTION], choice.gate_state, gamma_ug)
-    embedding_ue = users.embedding_ue + gate.embedding_rate * embedding_gradient
+        gamma_ug = gamma_ug + entropy_bonus(sampled.distribution, gate.entropy)
+    if isinstance(sampled.distribution, Bernoulli):
+        gamma_ug = gamma_ug + price(sampled.distribution, torch.ones(model.spec.units), gate.price)
+    gradient, embedding_gradient = spec.vjp(values[GATE_SECTION], sampled.state, gamma_ug)
+    section = Section(ids, torch.ones(count, 1, dtype=torch.bool), gradient[:, None])
     metrics = {"reward": reward_uk.mean(1), "reward_spread": reward_uk.std(1)}
-    return Section(ids, torch.ones(count, 1, dtype=torch.bool), gradient[:, None]), embedding_ue, metrics
+    return section, users.embedding_ue + gate.embedding_rate * embedding_gradient, metrics
 
 
 @torch.no_grad()

@@ -34,20 +34,24 @@ def frozen(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def causal_lm_loss(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Next-token loss of a transformers causal language model, mean over a window's targets.
+def target_log_probs(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each target token under a transformers causal language model, in nats.
 
-    Shapes: inputs (B, T) int64, targets (B, T) int64 already shifted (-100 is ignored), result (B,) nats per token.
+    Shapes: inputs (B, T) int64, targets (B, T) int64, already shifted: the token that follows; result (B, T).
     """
     logits = module(input_ids=inputs, use_cache=False).logits
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
-    counted = (targets != -100).sum(1).clamp_min(1)
-    return loss.view(targets.shape).sum(1) / counted
+    return -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def causal_lm_loss(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean next-token loss of a window: (B, T) and (B, T) -> (B,) nats per token. See `target_log_probs`."""
+    return -target_log_probs(module, inputs, targets).mean(1)
 
 
 def causal_lm_features(module: nn.Module, inputs: Tensor) -> Tensor:
     """Mean of the last hidden state over the window: (B, T) -> (B, hidden)."""
-    return torch.as_tensor(module.base_model(input_ids=inputs, use_cache=False).last_hidden_state).mean(1)
+    hidden: Tensor = module.base_model(input_ids=inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
+    return hidden.mean(1)
 
 
 def causal_lm(name_or_path: str | Path, target_modules: tuple[str, ...], **from_pretrained: Any) -> BaseModel:

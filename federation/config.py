@@ -5,6 +5,7 @@ Unknown keys are errors that name the nearest known one; every field says in its
 
 from __future__ import annotations
 
+import copy
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -163,7 +164,7 @@ class RunConfig(Settings):
 
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration in a TOML file, with `section.key=value` overrides (TOML values; bare words are text)."""
+    """The configuration in a TOML file, with overrides as `overridden` takes them."""
     data: dict[str, Any] = {}
     if path is not None:
         try:
@@ -172,12 +173,18 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunC
             raise ConfigError(f"an experiment is a readable TOML file, got {str(path)!r}: {error.strerror}") from error
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    return parse(RunConfig, overridden(data, overrides))
+
+
+def overridden(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `data` with every `section.key=value` in its place (TOML values; bare words are text)."""
+    changed = copy.deepcopy(dict(data))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"an override is key=value, got {override!r}; for example federation.rounds=10")
-        _assign(data, key.strip().split("."), _toml_value(value.strip()))
-    return parse(RunConfig, data)
+        _assign(changed, key.strip().split("."), _toml_value(value.strip()))
+    return changed
 
 
 def parse(kind: type[S], data: Mapping[str, Any]) -> S:

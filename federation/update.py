@@ -133,7 +133,8 @@ def admit(block: UpdateBlock, schema: Schema, limits: Limits) -> tuple[UpdateBlo
             )
             for name, spec in schema.sections.items()
         }
-        return replace(block, sections=empty, weight_u=torch.zeros(0), metrics={}), Rejections(dict.fromkeys(range(users), fault))
+        nobody = replace(block, sections=empty, weight_u=torch.zeros(0), metrics={})
+        return nobody, Rejections(dict.fromkeys(range(users), fault))
     reasons = _user_faults(block, schema)
     if reasons:
         keep = torch.ones(users, dtype=torch.bool)
@@ -176,7 +177,8 @@ def _user_faults(block: UpdateBlock, schema: Schema) -> dict[int, str]:
     for name, spec in schema.sections.items():
         section = block.sections[name]
         ids, valid = section.ids_uk, section.valid_uk
-        refuse((((ids < 0) | (ids >= spec.rows)) & valid).any(1), f"section {name!r}: a row id outside 0..{spec.rows - 1}")
+        outside = ((ids < 0) | (ids >= spec.rows)) & valid
+        refuse(outside.any(1), f"section {name!r}: a row id outside 0..{spec.rows - 1}")
         refuse(valid.sum(1) > spec.max_rows, f"section {name!r}: more than {spec.max_rows} rows")
         padding = spec.rows + torch.arange(ids.shape[1], dtype=torch.int32)
         ordered = torch.where(valid, ids, padding).sort(1).values

@@ -13,7 +13,6 @@ from server.checkpoint import Checkpoint
 from strategies.protocol import Optimizer, State, Strategy, Tensors
 from strategies.registry import make_optimizer, make_strategy
 
-
 T = TypeVar("T")
 
 

@@ -19,6 +19,7 @@ from federation.config import RunConfig
 from federation.data.population import Population, as_array
 from federation.errors import PopulationError
 from federation.streams import UserIds
+from simulations.cached import fitted_weights, mixed_loss
 from simulations.methods import Method, methods_of
 from simulations.serve import Plan, Served, Trained, propose_masks, serve_block
 from simulations.statistics import Floats
@@ -31,7 +32,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class MethodResult:
-    """One row of the table, by user. loss_u: bits per target."""
+    """One row of the table, by user. loss_u: bits per character."""
 
     method: Method
     learning_rate: float
@@ -62,12 +63,11 @@ def evaluate(workers: Workers, population: Population, trained: Trained, progres
     shared = workers.share(trained)
     tuning_masks = _propose(workers, shared, tuning_ids, tuning_blocks, done)
     new_masks = _propose(workers, shared, new_ids, new_blocks, done)
-    plain = [method for method in methods if not method.cache]
-    grid = [plan for method in plain for plan in plans_of(method, config)]
+    grid = [plan for method in methods for plan in plans_of(method, config)]
     trials = _serve(workers, shared, tuning_ids, tuning_blocks, tuning_masks, grid, done)
-    chosen = [min(plans_of(method, config), key=lambda plan: _mean_loss(trials[plan])) for method in plain]
+    chosen = [min(plans_of(method, config), key=lambda plan: _mean_loss(trials[plan])) for method in methods]
     served = _serve(workers, shared, new_ids, new_blocks, new_masks, chosen, done)
-    results = [_result(plan, served[plan]) for plan in chosen]
+    results = [_result(plan, served[plan], trials[plan]) for plan in chosen]
     return Evaluation(new_ids, population.groups(new_ids), results, _unpacked(new_masks, trained))
 
 
@@ -143,13 +143,17 @@ def _mean_loss(served: Sequence[Served]) -> float:
     return float(np.concatenate([s.loss_u for s in served]).mean())
 
 
-def _result(plan: Plan, served: Sequence[Served]) -> MethodResult:
+def _result(plan: Plan, served: Sequence[Served], trial: Sequence[Served]) -> MethodResult:
     users = sum(len(s.loss_u) for s in served)
+    loss = [s.loss_u for s in served]
+    if plan.method.cache:
+        weight_l = fitted_weights([s.figures for s in trial if s.figures is not None])
+        loss = [mixed_loss(s.figures, weight_l) for s in served if s.figures is not None]
     return MethodResult(
         method=plan.method,
         learning_rate=plan.learning_rate,
         steps=plan.steps,
-        loss_u=np.concatenate([s.loss_u for s in served]),
+        loss_u=np.concatenate(loss),
         bytes_u=np.concatenate([s.bytes_u for s in served]).astype(np.float64),
         active_share=served[0].active_share,
         seconds_per_user=sum(s.seconds for s in served) / users,

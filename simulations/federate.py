@@ -16,13 +16,13 @@ from client.store import UserStore, shard_of
 from federation.config import RunConfig
 from federation.data.population import as_array
 from federation.errors import PopulationError, RunError
+from federation.files import write_file
 from federation.streams import Streams, UserIds
 from server import checkpoint
 from server.round import ServerState, close, from_checkpoint, to_parts
 from simulations.setup import Setup
 from simulations.worker import Broadcast, ChunkReport, merge_reports, run_chunk, run_on_store
 from simulations.workers import Workers
-
 
 HISTORY_NAME = "rounds.jsonl"
 
@@ -54,25 +54,31 @@ def federate(
 
     Killed at any moment and resumed, it ends with the same bits: users' records are keyed by round, a round's
     effects are one checkpoint, and randomness is addressed by round and user.
+
+    Raises RunError when the folder holds a federation and `resume` is off, or holds one of another configuration.
     """
     federation = setup.config.federation
     checkpoints, users_folder = folder / "checkpoints", folder / "users"
+    if checkpoint.rounds(checkpoints) and not resume:
+        raise RunError(f"{folder} holds a federation already; resume it, or give another folder")
     state = _last_state(setup, checkpoints) if resume else None
     if state is None:
         state = setup.begin()
         _save(setup, state, checkpoints)
     _on_store(workers, setup, users_folder, UserStore.rewind, state.round_index)
     history = _History(folder, state.round_index)
+    started = time.perf_counter()
     for round_index in range(state.round_index + 1, federation.rounds + 1):
-        started = time.perf_counter()
         cohort = draw_cohort(train_users, federation.cohort, setup.streams.at("round", round_index))
         state, report = _one_round(setup, workers, state, cohort, users_folder)
+        metrics = {name: value / report.users for name, value in report.metric_sums.items()}
+        ended = time.perf_counter()
+        finished = RoundReport(round_index, report.users, report.rejected, metrics, ended - started)
+        started = ended  # so a checkpoint's time counts in the round after it
+        history.add(finished)  # before its checkpoint: a resume drops the rounds that it does again
         if round_index % federation.checkpoint_every == 0 or round_index == federation.rounds:
             _save(setup, state, checkpoints)
             _on_store(workers, setup, users_folder, UserStore.compact, min(checkpoint.rounds(checkpoints)))
-        metrics = {name: value / report.users for name, value in report.metric_sums.items()}
-        finished = RoundReport(round_index, report.users, report.rejected, metrics, time.perf_counter() - started)
-        history.add(finished)
         on_round(finished)
     return state
 
@@ -110,7 +116,7 @@ class _History:
     def __init__(self, folder: Path, finished_rounds: int) -> None:
         kept = [line for line in read_history(folder) if line["round_index"] <= finished_rounds]
         self._path = folder / HISTORY_NAME
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def add(self, report: RoundReport) -> None:
         with self._path.open("a") as file:
@@ -156,7 +162,7 @@ def _on_store(
 
 
 def _last_state(setup: Setup, checkpoints: Path) -> ServerState | None:
-    if not checkpoints.is_dir():
+    if not checkpoint.rounds(checkpoints):
         return None
     found = checkpoint.load_latest(checkpoints)
     if found.meta["config"] != _identity(setup.config):
@@ -174,6 +180,5 @@ def _save(setup: Setup, state: ServerState, checkpoints: Path) -> None:
 
 def _identity(config: RunConfig) -> dict[str, Any]:
     """The part of a configuration that decides the bits: not who works, nor what is measured afterwards."""
-    return config.model_dump(
-        mode="json", exclude={"name": True, "kind": True, "evaluate": True, "federation": {"workers", "checkpoint_every"}}
-    )
+    free = {"name": True, "kind": True, "evaluate": True, "federation": {"workers", "checkpoint_every"}}
+    return config.model_dump(mode="json", exclude=free)

@@ -6,7 +6,14 @@ from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
 
 
@@ -76,7 +83,7 @@ class _TerminalStage:
         self._rich, self._task = rich, task
 
     def update(self, done: int, note: str, total: int | None = None) -> None:
-        self._rich.update(self._task, completed=done, note=note, **({} if total is None else {"total": total}))
+        self._rich.update(self._task, completed=done, note=note, total=total)  # None leaves the total as it is
 
     def close(self) -> None:
         self._rich.stop_task(self._task)

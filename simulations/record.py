@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 from pathlib import Path
@@ -41,24 +42,32 @@ def provenance() -> dict[str, Any]:
 
 
 def method_table(evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    """One entry per method. All of mean, p10, p90 and se are of the gain over `base`, in bits per target; `loss` is
+    """One entry per method. All of mean, p10, p90 and se are of the gain over `base`, in bits per character; `loss` is
     the mean loss. se is paired and clustered by group; harmed is the share of users worse off than with `base`."""
     base_u = evaluation.results[0].loss_u
     return {r.method.name: _method_entry(r, base_u, evaluation.groups_u) for r in evaluation.results}
 
 
 def comparisons(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Paired difference of every two methods: positive where `a` is better. 95% interval over bootstrapped groups."""
+    """Every two methods of one run, compared by `paired`."""
+    return paired({r.method.name: r.loss_u for r in evaluation.results}, evaluation.groups_u)
+
+
+def paired(losses: Mapping[str, Floats], groups_u: Groups) -> list[dict[str, Any]]:
+    """Paired difference of every two methods: positive where `a` is better; 95% interval over groups drawn anew.
+
+    losses: (U,) by method, of the same users in the same order.
+    """
     entries = []
-    for a, b in combinations(evaluation.results, 2):
-        difference_u = b.loss_u - a.loss_u
-        interval = bootstrap(difference_u, evaluation.groups_u)
+    for a, b in combinations(losses, 2):
+        difference_u = losses[b] - losses[a]
+        interval = bootstrap(difference_u, groups_u)
         entries.append(
             {
-                "a": a.method.name,
-                "b": b.method.name,
+                "a": a,
+                "b": b,
                 "difference": interval.mean,
-                "se": clustered_error(difference_u, evaluation.groups_u),
+                "se": clustered_error(difference_u, groups_u),
                 "low": interval.low,
                 "high": interval.high,
             }
@@ -67,7 +76,7 @@ def comparisons(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def users_table(evaluation: Evaluation) -> dict[str, Any]:
-    """Each simulated user's losses, for distributions: ids, groups, and bits per target by method."""
+    """Each simulated user's losses, for distributions: ids, groups, and bits per character by method."""
     return {
         "ids": evaluation.user_ids.tolist(),
         "groups": evaluation.groups_u.tolist(),

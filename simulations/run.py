@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from federation.config import RunConfig
+from federation.config import RunConfig, overridden, parse
 from federation.data.population import Population
-from federation.errors import RunError
+from federation.errors import ConfigError, RunError
 from federation.update import Values
 from server.checkpoint import checksum
 from simulations.evaluate import Evaluation, evaluate
 from simulations.federate import RoundReport, federate, last_checkpoint, read_history
 from simulations.methods import methods_of, sources_of
 from simulations.populations import make_population
-from simulations.progress import Progress, Silent
+from simulations.populations.text import prepare
+from simulations.progress import Progress, Silent, Stage
 from simulations.record import (
     RECORD_NAME,
     USERS_NAME,
     comparisons,
     method_table,
     provenance,
+    read_record,
     users_table,
     write_json,
 )
@@ -57,6 +59,7 @@ def run(config: RunConfig, out: Path, resume: bool = False, progress: Progress |
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / CONFIG_NAME, config.model_dump(mode="json"))
     started = time.perf_counter()
+    prepare_base(config, progress)
     population = make_population(config.population)
     model = wrap(config, population.base_model())
     workers = start_workers(config)
@@ -76,6 +79,41 @@ def run(config: RunConfig, out: Path, resume: bool = False, progress: Progress |
     if evaluation is not None:
         write_json(out / USERS_NAME, users_table(evaluation))
     return Run(out, record, evaluation)
+
+
+def reevaluate(folder: Path, overrides: Sequence[str], progress: Progress | None = None) -> Run:
+    """Serves new users again by the federations of a finished run, with other `evaluate` settings; its record, its
+    evaluation and its configuration are replaced. Nothing is trained.
+
+    Raises RunError when the folder is not that of a finished run, or a method needs a federation it does not have;
+    ConfigError for an override of anything but `evaluate`.
+    """
+    for override in overrides:
+        if not override.strip().startswith("evaluate."):
+            raise ConfigError(f"only evaluate.* can change once a run is finished, got {override!r}; simulate it anew")
+    config = parse(RunConfig, overridden(read_record(folder)["config"], overrides))
+    for name in _federations(config):
+        done = last_checkpoint(folder / name).round_index if (folder / name).is_dir() else 0
+        if done < config.federation.rounds:
+            raise RunError(
+                f"the methods need all {config.federation.rounds} rounds of the federation {name!r}, {folder} has {done}; "
+                "leave out the methods that need it, or simulate with them"
+            )
+    return run(config, folder, resume=True, progress=progress)
+
+
+def prepare_base(config: RunConfig, progress: Progress) -> None:
+    """Pre-trains the base, unless the cache holds it."""
+    stage: Stage | None = None
+
+    def show(step: int, total: int, loss: float) -> None:
+        nonlocal stage
+        stage = stage or progress.stage("pre-train the base", total)
+        stage.update(step, f"loss {loss:.3f}")
+
+    prepare(config.population, show)
+    if stage is not None:
+        stage.close()
 
 
 def _federations(config: RunConfig) -> dict[str, RunConfig]:
@@ -151,7 +189,7 @@ def _record(
     seconds: float,
 ) -> dict[str, Any]:
     rounds = read_history(out / MAIN)
-    worked = sum(line["seconds"] for line in rounds)
+    trained, worked = (sum(line[key] for line in rounds) for key in ("users", "seconds"))
     record: dict[str, Any] = {
         "kind": config.kind,
         "name": config.name,
@@ -162,7 +200,7 @@ def _record(
         "users": {split: len(population.users(split)) for split in ("train", "new")},
         "rounds": config.federation.rounds,
         "seconds": round(seconds, 1),
-        "users_per_second": round(sum(line["users"] for line in rounds) / worked, 1) if rounds else None,
+        "users_per_second": round(trained / worked, 1) if rounds else None,
         "rejected": sum(sum(line["rejected"].values()) for line in rounds),
         "checksum": checksum(last_checkpoint(out / MAIN)),
         "history": [{"round": line["round_index"], **line["metrics"]} for line in rounds],

@@ -17,18 +17,17 @@ from client.round import distribution_of
 from federation import masks
 from federation.codec import personal_bytes
 from federation.config import RunConfig
-from federation.data.population import Batch
 from federation.formats import quantise
 from federation.gate import GateState
 from federation.pool.spec import ModuleSpec, PoolSpec, gather, rows_of_mask
 from federation.state import GATE_SECTION
 from federation.streams import UserIds
 from federation.update import Schema, Section, SectionSpec, Values
+from simulations.cached import TargetFigures, target_figures
 from simulations.methods import Method, Tuned
 from simulations.setup import Setup
+from simulations.statistics import Floats
 from simulations.worker import Worker
-
-NATS_PER_BIT = math.log(2.0)
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Served:
-    """A method's result for U users. loss_u in bits per target; bytes_u of the encoded payload."""
+    """A method's result for U users. loss_u in bits per character, without a cache; bytes_u of the encoded payload.
 
-    loss_u: npt.NDArray[np.float64]
+    figures: what a cache is mixed from, where the method has one.
+    """
+
+    loss_u: Floats
     bytes_u: npt.NDArray[np.int64]
     active_share: float
     seconds: float
+    figures: TargetFigures | None = None
 
 
 def propose_masks(worker: Worker, trained: Trained, user_ids: UserIds) -> tuple[None, dict[str, Tensor]]:
@@ -86,6 +89,7 @@ def serve_block(
 ) -> tuple[None, dict[Plan, Served]]:
     """Every plan's result on the users' test part. Plans that differ only in the format share their tuning."""
     test = worker.population.batch(user_ids, "test", None, worker.setup(trained.config).streams)
+    nats_per_bit_u = math.log(2.0) * worker.population.chars_per_target(user_ids, "test")
     tuned: dict[Plan, tuple[Start, Rows, float]] = {}
     results = {}
     for plan in plans:
@@ -96,7 +100,14 @@ def serve_block(
             personal = tune(worker, start, shared, user_ids)
             tuned[shared] = (start, personal, time.perf_counter() - started)
         start, personal, seconds = tuned[shared]
-        results[plan] = _measure(start, personal, plan.method, test, seconds)
+        kept, bytes_u = payload(start, personal, plan.method)
+        model = start.setup.model
+        with torch.no_grad(), model.bound(personalised(start.spec, start.rows, kept, plan.method.tuned)):
+            loss_u = model.loss(test).double().numpy() / nats_per_bit_u
+            figures = (
+                target_figures(model, worker.population, user_ids, test, nats_per_bit_u) if plan.method.cache else None
+            )
+        results[plan] = Served(loss_u, bytes_u.numpy(), start.active_share, seconds, figures)
     return None, results
 
 
@@ -109,6 +120,11 @@ class Start:
     rows: Rows
     ids_ujk: Tensor
     valid_ujk: Tensor
+
+    @property
+    def active_share(self) -> float:
+        """Mean share of the source's units that are active."""
+        return float(self.valid_ujk.float().mean()) * self.ids_ujk.shape[2] / self.spec.rank
 
 
 def start_of(
@@ -194,11 +210,3 @@ def payload(start: Start, personal: Rows, method: Method) -> tuple[Rows, Tensor]
     formats = {"pool": method.rows}
     read = {name: section.rows_ukw for name, section in quantise(sections, formats).items()}
     return read, personal_bytes(sections, schema, formats)
-
-
-def _measure(start: Start, personal: Rows, method: Method, test: Batch, seconds: float) -> Served:
-    kept, bytes_u = payload(start, personal, method)
-    with torch.no_grad(), start.setup.model.bound(personalised(start.spec, start.rows, kept, method.tuned)):
-        loss_u = start.setup.model.loss(test)
-    share = float(start.valid_ujk.float().mean()) * start.ids_ujk.shape[2] / start.spec.rank
-    return Served((loss_u / NATS_PER_BIT).double().numpy(), bytes_u.numpy(), share, seconds)

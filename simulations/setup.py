@@ -8,8 +8,8 @@ from functools import cached_property
 from client.round import LocalRule
 from client.state import RecordLayout
 from federation.base import BaseModel
-from federation.formats import RowFormat
 from federation.config import CodecConfig, RunConfig
+from federation.formats import RowFormat
 from federation.gate import GateSpec
 from federation.pool.model import PooledModel
 from federation.state import gate_spec, initial_values, schema_of

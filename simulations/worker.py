@@ -68,6 +68,11 @@ class Worker:
             self._stores[folder] = UserStore(folder, setup.config.federation.shards, setup.record_layout)
         return self._stores[folder]
 
+    def close(self) -> None:
+        """Closes the user stores: LMDB lets a process open a shard once, so a later run could not."""
+        for store in self._stores.values():
+            store.close()
+
 
 def run_chunk(
     worker: Worker, broadcast: Broadcast, config: RunConfig, store_folder: Path, user_ids: UserIds

@@ -57,7 +57,7 @@ class InProcess:
         return fold(results, merge)
 
     def close(self) -> None:
-        """Nothing was started."""
+        self._worker.close()
 
 
 class RayWorkers:

@@ -160,7 +160,7 @@ def load_corpus(folder: Path) -> TextCorpus:
             left_out=index["left_out"],
             versions=index["versions"],
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise PopulationError(
             f"{folder} does not hold a corpus ({error}); delete it, and it is built anew"
         ) from error

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from federation.base import BaseModel
@@ -63,6 +64,11 @@ class Population(Protocol):
 
     def groups(self, user_ids: UserIds) -> UserIds:
         """(U,) int64: users of one group are not independent (projects, plays); errors are clustered by it."""
+        ...
+
+    def chars_per_target(self, user_ids: UserIds, part: Part) -> npt.NDArray[np.float64]:
+        """(U,) characters that one target of the whole part stands for, since figures are bits per character.
+        1 where targets are not pieces of text."""
         ...
 
     def describe(self) -> dict[str, object]:

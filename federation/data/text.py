@@ -121,7 +121,7 @@ class TextPopulation:
         )
         return self._table.tokens[offset : offset + length]
 
-    def chars_per_token(self, user_ids: UserIds, part: Part) -> npt.NDArray[np.float64]:
+    def chars_per_target(self, user_ids: UserIds, part: Part) -> npt.NDArray[np.float64]:
         """Characters per target over the windows of the whole part, (U,).
 
         A user's bits per character are its mean nats per target / log 2 / this.

@@ -29,7 +29,7 @@ class StackedLowRank(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
         x, weight, rows, hidden = ctx.saved_tensors
         users, tokens, d_in = x.shape
@@ -45,6 +45,11 @@ class StackedLowRank(torch.autograd.Function):
             d_x = torch.mm(dy.view(users * tokens, -1), weight.t()).view(users, tokens, d_in)
             d_x.baddbmm_(d_hidden, down)
         return d_x, None, None, d_rows, None
+
+
+def stacked_low_rank(x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, scale: float) -> Tensor:
+    """`StackedLowRank`, with types."""
+    return StackedLowRank.apply(x, weight, bias, rows, scale)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def gated_low_rank(x: Tensor, y: Tensor, rows: Tensor, gates_ur: Tensor, scale: float) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from federation.errors import PoolError
-from federation.pool.kernel import StackedLowRank, gated_low_rank
+from federation.pool.kernel import gated_low_rank, stacked_low_rank
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class PoolLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         stacked = x.reshape(bound.users, -1, self.d_in)
         rows = bound.rows[self.module_name]
         if isinstance(bound, UserRows):
-            y = StackedLowRank.apply(stacked, self._weight(), self._bias(), rows, self.scale)
+            y = stacked_low_rank(stacked, self._weight(), self._bias(), rows, self.scale)
         else:
             base = self.base_layer(stacked)
             y = gated_low_rank(stacked, base, rows, bound.gates[self.module_name], self.scale)

@@ -12,7 +12,7 @@ from torch import Tensor
 from federation.base import BaseModel
 from federation.data.population import Batch
 from federation.errors import PoolError
-from federation.pool.layers import GatedPool, TunerConfig, PoolLayer, PoolTuner, UserRows, binding
+from federation.pool.layers import GatedPool, PoolLayer, PoolTuner, TunerConfig, UserRows, binding
 from federation.pool.spec import ModuleSpec, PoolSpec
 from federation.update import Values
 
@@ -41,8 +41,10 @@ class PooledModel:
         try:
             PoolTuner(base.module, TunerConfig(target_modules=targets, scale=scale), "pool")
         except ValueError as error:
-            names = sorted({name.rsplit(".", 1)[-1] for name, m in base.module.named_modules() if hasattr(m, "weight")})
-            raise PoolError(f"target_modules {targets} match no linear layer of {base.name!r}; it has {names}") from error
+            names = {name.rsplit(".", 1)[-1] for name, m in base.module.named_modules() if hasattr(m, "weight")}
+            raise PoolError(
+                f"target_modules {targets} match no linear layer of {base.name!r}; it has {sorted(names)}"
+            ) from error
         layers = [m for m in base.module.modules() if isinstance(m, PoolLayer)]
         return cls(base, PoolSpec(tuple(ModuleSpec(m.module_name, m.d_in, m.d_out) for m in layers), rank, scale))
 
@@ -65,7 +67,7 @@ class PooledModel:
     def gated(self, values: Values, gates_ug: Tensor) -> AbstractContextManager[None]:
         """Binds the whole pool with unit g of user u at strength gates_ug (U, G), for the calls made inside."""
         if gates_ug.shape[1] != self.spec.units:
-            raise PoolError(f"gates must be (U, {self.spec.units}), got {tuple(gates_ug.shape)}; made for another pool?")
+            raise PoolError(f"gates are (U, {self.spec.units}), got {tuple(gates_ug.shape)}; made for another pool?")
         by_module = gates_ug.view(len(gates_ug), len(self.spec.modules), self.spec.rank)
         rows = {m.name: values[m.section] for m in self.spec.modules}
         gates = {m.name: by_module[:, j] for j, m in enumerate(self.spec.modules)}

@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -150,6 +151,10 @@ class SyntheticPopulation:
     def groups(self, user_ids: UserIds) -> UserIds:
         """Users are drawn independently: each is its own group."""
         return user_ids
+
+    def chars_per_target(self, user_ids: UserIds, part: Part) -> npt.NDArray[np.float64]:
+        """Ones: targets are not text."""
+        return np.ones(len(user_ids))
 
     def describe(self) -> dict[str, object]:
         return {"name": self.name, **asdict(self)}

@@ -1,0 +1,51 @@
+"""The text populations over the small base that is pre-trained on their own pre-training split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from federation.config import PopulationConfig
+from federation.data.code import code_corpus
+from federation.data.corpus import TextCorpus
+from federation.data.text import TextPopulation
+from federation.plugins import check_options
+from simulations.populations.shakespeare import shakespeare_corpus
+from simulations.pretrain import PretrainConfig, Progress, no_progress, pretrained_population
+
+
+def code(
+    root: str | None = None, window: int = 64, pretraining: Mapping[str, Any] | None = None
+) -> TextPopulation:
+    """Users made of source code. root: a folder of your own projects, which become the new users.
+
+    window: tokens per example. pretraining: fields of `PretrainConfig`.
+    """
+    return _population(lambda: code_corpus(Path(root) if root else None), window, pretraining)
+
+
+def shakespeare(window: int = 64, pretraining: Mapping[str, Any] | None = None) -> TextPopulation:
+    """The speaking roles of Shakespeare's plays. Options as for `code`."""
+    return _population(shakespeare_corpus, window, pretraining)
+
+
+def prepare(config: PopulationConfig, progress: Progress) -> None:
+    """Pre-trains the base of a text population unless the cache holds it, and says how far it is."""
+    makers: dict[str, Callable[..., TextPopulation]] = {"code": code, "shakespeare": shakespeare}
+    if config.name in makers:
+        options = dict(config.options)
+        check_options(f"population {config.name!r}", makers[config.name], options)
+        root = options.pop("root", None)
+        corpus = shakespeare_corpus() if config.name == "shakespeare" else code_corpus(Path(root) if root else None)
+        _population(lambda: corpus, progress=progress, **options)
+
+
+def _population(
+    corpus: Callable[[], TextCorpus],
+    window: int = 64,
+    pretraining: Mapping[str, Any] | None = None,
+    progress: Progress = no_progress,
+) -> TextPopulation:
+    check_options("pretraining", PretrainConfig, pretraining or {})
+    return pretrained_population(corpus(), PretrainConfig(**(pretraining or {})), window, progress=progress)

@@ -1,0 +1,150 @@
+"""Experiments over seeds and a grid of settings: one run per trial, and one record that summarises them.
+
+Every trial has a folder of its own, so a sweep that was stopped goes on where it was, trial by trial.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from federation.config import RunConfig, load_config
+from federation.errors import ConfigError, RunError
+from simulations.comparison import MeasuredRun, Setting, compare
+from simulations.progress import Progress
+from simulations.record import RECORD_NAME, USERS_NAME, paired, provenance, read_record, write_json
+from simulations.run import CONFIG_NAME, run
+
+SWEEP_NAME = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep. variant: the experiment and its place in the grid, as in `code-gate.budget=4`."""
+
+    experiment: str
+    variant: str
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder."""
+        return f"{self.variant}-seed{self.config.seed}"
+
+
+def plan(
+    experiments: Sequence[Path], seeds: int, overrides: Sequence[str], grid: Sequence[str]
+) -> list[Trial]:
+    """Every experiment at every point of the grid with the seeds 0..seeds - 1, in this order.
+
+    overrides: `key=value`, for all trials. grid: `key=v1,v2`; several such axes make every combination.
+    Raises ConfigError for an override of the seed, a trial that cannot be run or measures nothing, and two
+    trials of one name.
+    """
+    axes = [_axis(text) for text in grid]
+    for key in (override.partition("=")[0].strip() for override in [*overrides, *[axis[0] for axis in axes]]):
+        if key == "seed":
+            raise ConfigError("a sweep sets the seed of each run itself; say how many with --seeds")
+    trials = []
+    for path, point in product(experiments, product(*axes)):
+        for seed in range(seeds):
+            config = load_config(path, [*overrides, *point, f"seed={seed}"])
+            variant = re.sub(r"[^\w.=+-]+", "_", "-".join((config.name, *point)))
+            if not config.evaluate.methods:
+                raise ConfigError(f"a sweep compares methods, {variant!r} has none; set evaluate.methods")
+            trials.append(Trial(config.name, variant, config))
+    names = [trial.name for trial in trials]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"each run of a sweep has its own name, {twice} come twice; rename experiments")
+    return trials
+
+
+def run_trial(trial: Trial, out: Path, progress: Progress) -> None:
+    """Runs a trial in its folder below `out`, or what is left of it."""
+    folder = out / trial.name
+    run(trial.config, folder, resume=(folder / CONFIG_NAME).exists(), progress=progress)
+
+
+def is_finished(trial: Trial, out: Path) -> bool:
+    """Whether a trial's folder holds its results. Raises RunError when they are another configuration's."""
+    folder = out / trial.name
+    if not ((folder / RECORD_NAME).exists() and (folder / USERS_NAME).exists()):
+        return False
+    if _measured(read_record(folder)["config"]) != _measured(trial.config.model_dump(mode="json")):
+        raise RunError(f"{folder} holds a run of another configuration; give another --out, or remove it")
+    return True
+
+
+def by_variant(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
+    """The trials that differ in their seed alone, in the order given."""
+    variants: dict[str, list[Trial]] = {}
+    for trial in trials:
+        variants.setdefault(trial.variant, []).append(trial)
+    return variants
+
+
+def results(trials: Sequence[Trial], out: Path) -> list[MeasuredRun]:
+    """What finished trials measured."""
+    folders = [out / trial.name for trial in trials]
+    return [
+        MeasuredRun(read_record(folder), json.loads((folder / USERS_NAME).read_text())) for folder in folders
+    ]
+
+
+def over_seeds(trials: Sequence[Trial], out: Path) -> Setting:
+    """The methods of one variant's finished trials: means over seeds, intervals over users."""
+    (setting,) = compare(results(trials, out))
+    return setting
+
+
+def summarise(trials: Sequence[Trial], out: Path) -> dict[str, Any]:
+    """Writes and returns `sweep.json`: each variant's runs, its methods over seeds, and all pairs of methods.
+
+    A user's loss is averaged over seeds before users are compared, and groups of users are drawn for the
+    intervals; what every seed gave is beside it (`seed_gains`).
+    """
+    record = {
+        "kind": "sweep",
+        **provenance(),
+        "experiments": sorted({trial.experiment for trial in trials}),
+        "variants": {name: _summary(members, out) for name, members in by_variant(trials).items()},
+    }
+    write_json(out / SWEEP_NAME, record)
+    return record
+
+
+def _summary(trials: Sequence[Trial], out: Path) -> dict[str, Any]:
+    runs, setting = results(trials, out), over_seeds(trials, out)
+    groups_u = np.asarray(runs[0].users["groups"], dtype=np.int64)
+    losses = {
+        name: np.mean([run.users["loss"][name] for run in runs], axis=0) for name in runs[0].users["loss"]
+    }
+    return {
+        "runs": [trial.name for trial in trials],
+        "seeds": list(setting.seeds),
+        "users": setting.users,
+        "groups": len(np.unique(groups_u)),
+        "methods": {method.name: asdict(method) for method in setting.methods},
+        "comparisons": paired(losses, groups_u),
+    }
+
+
+def _axis(text: str) -> list[str]:
+    """`key=v1,v2` as its overrides; a comma inside brackets is part of a value."""
+    key, equals, values = text.partition("=")
+    if not equals:
+        raise ConfigError(f"an axis of the grid is key=v1,v2, got {text!r}; for example gate.budget=4,8")
+    return [f"{key.strip()}={value.strip()}" for value in re.split(r",(?![^\[]*\])", values)]
+
+
+def _measured(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a record: all of a configuration but who works, and how often it is saved."""
+    federation = {k: v for k, v in config["federation"].items() if k not in ("workers", "checkpoint_every")}
+    return {**config, "federation": federation}

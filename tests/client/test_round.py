@@ -1,0 +1,347 @@
+"""A user's round, stacked for a block of users, against one user's round as anyone would write it in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from client.round import LocalRule, RoundData, RoundState, distribution_of, local_round, round_data
+from client.state import RecordLayout, UserBlock
+from federation import masks
+from federation.base import BaseModel
+from federation.config import GateConfig, LocalConfig
+from federation.data.population import Batch
+from federation.gate import GateState
+from federation.policy_gradient import explored
+from federation.pool.model import PooledModel
+from federation.state import GATE_SECTION, gate_spec, initial_values, schema_of
+from federation.streams import Streams
+from federation.update import Limits, UpdateBlock, admit
+from tests import models
+from tests.populations import InMemory
+
+MakeBase = Callable[[], BaseModel]
+SCALE, RANK, BUDGET, ROUND = 1.5, 4, 2, 7
+IDS = np.array([3, 10**12, 41, 8])
+STREAMS = Streams(5).at("round", ROUND)
+POLICIES: dict[str, dict[str, Any]] = {
+    "gate": {},
+    "gate, Bernoulli": {"distribution": "bernoulli", "price": 0.02},
+    "gate, no entropy": {"entropy": 0.0},
+    "saliency": {"policy": "saliency"},
+    "saliency, Bernoulli": {"policy": "saliency", "distribution": "bernoulli"},
+    "random": {"policy": "random"},
+    "all": {"policy": "all"},
+    "gate, warming up": {"warmup": ROUND},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything that `local_round` takes."""
+
+    model: PooledModel
+    state: RoundState
+    users: UserBlock
+    data: RoundData
+    rule: LocalRule
+
+    def run(self) -> tuple[UpdateBlock, UserBlock]:
+        return local_round(self.model, self.state, self.users, self.data, self.rule, STREAMS)
+
+    def only(self, u: int) -> Case:
+        """The same with user u alone."""
+        data = RoundData(self.data.support.take(slice(u, u + 1)), self.data.query.take(slice(u, u + 1)))
+        return replace(self, users=self.users.take(slice(u, u + 1)), data=data)
+
+
+def case_of(make: MakeBase, gate: Mapping[str, Any], **local: Any) -> Case:
+    """Four users of a pool whose rows are all at work, and of a gate that is no longer the saliency rule."""
+    widths = {"budget": BUDGET, "embedding": 3, "hidden": 5, "factors": 4, "samples": 3}
+    defaults: dict[str, Any] = {"warmup": 0, "exploration": 0.3, "entropy": 0.01}
+    config = GateConfig(**{**widths, **defaults, **gate})
+    rule = LocalRule(config, LocalConfig(**{"steps": 2, "examples": 3, "gain_examples": 4, "query_examples": 3, **local}))
+    model = PooledModel.around(make(), RANK, SCALE)
+    spec = gate_spec(model, config)
+    values = initial_values(model.spec, spec, schema_of(model.spec, spec, config), Streams(1))
+    generator = torch.Generator().manual_seed(2)
+    values = {name: rows + 0.4 * torch.randn(rows.shape, generator=generator) for name, rows in values.items()}
+    users = RecordLayout(config.embedding, -(-model.spec.units // 8)).fresh(IDS)
+    users = replace(users, embedding_ue=torch.randn(len(IDS), config.embedding, generator=generator))
+    data = RoundData(models.batch_for(model.base, len(IDS), 6, 1), models.batch_for(model.base, len(IDS), 3, 2))
+    return Case(model, RoundState(values, ROUND, "v"), users, data, rule)
+
+
+# -------------------------------------------------------------------------------- the plain twin
+
+
+class PlainUser:
+    """One user's round: a fresh copy of the base for every loss, `torch.optim.SGD`, autograd for the gate."""
+
+    def __init__(self, make: MakeBase, case: Case, u: int) -> None:
+        self.make, self.case, self.u = make, case, u
+        self.modules = case.model.spec.modules
+        self.gate, self.local = case.rule.gate, case.rule.local
+
+    def loss(self, base: BaseModel, batch: Batch, start: int, stop: int) -> Tensor:
+        inputs, targets = batch.inputs[self.u, start:stop], batch.targets[self.u, start:stop]
+        return base.loss(base.module, inputs, targets).mean()
+
+    def rows(self, units: Tensor) -> dict[str, Tensor]:
+        """The chosen units' rows by module's name; units (G,) bool."""
+        values = self.case.state.values
+        by_module = units.view(len(self.modules), RANK)
+        return {m.name: values[m.section][by_module[j]] for j, m in enumerate(self.modules)}
+
+    def gains(self) -> Tensor:
+        """(1, G): every unit at strength k / R sits in `up`, so d loss / d gate = (d loss / d up) . up."""
+        base, strength = self.make(), BUDGET / RANK
+        everything = self.rows(torch.ones(self.case.model.spec.units, dtype=torch.bool))
+        rows = {
+            m.name: torch.cat((everything[m.name][:, : m.d_in], strength * everything[m.name][:, m.d_in :]), 1)
+            for m in self.modules
+        }
+        layers = models.with_plain_lora(base, rows, SCALE)
+        self.loss(base, self.case.data.support, 0, self.local.gain_examples).backward()
+        up = [everything[m.name][:, m.d_in :] for m in self.modules]
+        return -torch.cat([(layer.up.grad * u).sum(1) for layer, u in zip(layers, up, strict=True)])[None]
+
+    def train(self, units: Tensor) -> tuple[list[Tensor], float]:
+        """What SGD changed in the rows of these units, by module, and the loss before it."""
+        base = self.make()
+        layers = models.with_plain_lora(base, self.rows(units), SCALE)
+        start, first_loss = [layer.rows for layer in layers], None
+        optimizer = torch.optim.SGD([p for layer in layers for p in (layer.down, layer.up)], self.local.learning_rate)
+        for step in range(self.local.steps):
+            optimizer.zero_grad()
+            begin = step * self.local.examples
+            loss = self.loss(base, self.case.data.support, begin, begin + self.local.examples)
+            loss.backward()
+            optimizer.step()
+            first_loss = float(loss.detach()) if first_loss is None else first_loss
+        assert first_loss is not None
+        return [layer.rows - rows for layer, rows in zip(layers, start, strict=True)], first_loss
+
+    def reward(self, units: Tensor) -> float:
+        base = self.make()
+        models.with_plain_lora(base, self.rows(units), SCALE)
+        return -float(self.loss(base, self.case.data.query, 0, self.local.query_examples).detach())
+
+    def policy_gradient(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The trained mask (G,), and the gradients of the gate (|phi|,) and the embedding (E,) by autograd."""
+        base, units = self.make(), self.case.model.spec.units
+        support = self.case.data.support.inputs[self.u]
+        phi = self.case.state.values[GATE_SECTION].clone().requires_grad_()
+        embedding = self.case.users.embedding_ue[self.u : self.u + 1].clone().requires_grad_()
+        features = base.features(base.module, support).mean(0, keepdim=True).detach()
+        state = GateState(features, embedding, self.gains(), BUDGET / RANK)
+        logits = gate_spec(self.case.model, self.gate).logits(phi, state)
+        policy = distribution_of(logits, len(self.modules), self.gate)
+        uniforms = (
+            STREAMS.uniform("mask", IDS[self.u : self.u + 1], (self.gate.samples, units)),
+            STREAMS.uniform("explore", IDS[self.u : self.u + 1], (self.gate.samples,)),
+        )
+        drawn_from = distribution_of(logits.detach(), len(self.modules), self.gate)
+        sampled, log_weight = explored(drawn_from, self.gate.exploration, *uniforms)
+        rewards = [self.reward(mask) for mask in sampled[0]]
+        log_prob = policy.log_prob(sampled)[0]
+        objective = self.gate.entropy * policy.entropy().sum()
+        for k, reward in enumerate(rewards):
+            others = [r for i, r in enumerate(rewards) if i != k]
+            advantage = reward - sum(others) / len(others)
+            objective = objective + log_weight[0, k].exp() * advantage * log_prob[k] / len(rewards)
+        if self.gate.distribution == "bernoulli":
+            objective = objective - self.gate.price * torch.sigmoid(logits).sum()
+        phi_gradient, embedding_gradient = torch.autograd.grad(objective, (phi, embedding))
+        return sampled[0, 0], phi_gradient[0], embedding_gradient[0]
+
+
+def assert_relative(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """|actual - expected| <= tolerance * |expected|, as norms."""
+    error, size = float((actual - expected).norm()), float(expected.norm())
+    assert size > 0, "nothing was compared"
+    assert error <= tolerance * size, f"relative error {error / size:.2e}"
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def sent(update: UpdateBlock, section: str, u: int) -> tuple[list[int], Tensor]:
+    """What user u sends of a section, without padding."""
+    one = update.sections[section]
+    valid = one.valid_uk[u]
+    return one.ids_uk[u][valid].tolist(), one.rows_ukw[u][valid]
+
+
+def assert_trained(case: Case, update: UpdateBlock, users: UserBlock, plain: PlainUser, mask: Tensor) -> None:
+    """User u trained the units of `mask` as plain SGD does, and remembers them."""
+    deltas, first_loss = plain.train(mask)
+    for m, units, delta in zip(plain.modules, mask.view(-1, RANK), deltas, strict=True):
+        ids, rows = sent(update, m.section, plain.u)
+        assert ids == units.nonzero().flatten().tolist()
+        if ids:
+            assert_relative(rows, delta, 1e-5)
+    assert update.metrics["support_loss"][plain.u].item() == pytest.approx(first_loss, rel=1e-5)
+    assert torch.equal(masks.unpack(users.mask_ub[plain.u], case.model.spec.units), mask)
+
+
+@pytest.mark.parametrize("make", [models.gpt2, models.mlp])
+def test_a_saliency_round_equals_a_plain_loop(make: MakeBase) -> None:
+    case = case_of(make, POLICIES["saliency"])
+    update, users = case.run()
+    assert set(update.sections) == {m.section for m in case.model.spec.modules}
+    for u in range(len(IDS)):
+        plain = PlainUser(make, case, u)
+        best = plain.gains().view(-1, RANK).topk(BUDGET, 1).indices
+        mask = torch.zeros(len(plain.modules), RANK, dtype=torch.bool).scatter_(1, best, True).flatten()
+        assert_trained(case, update, users, plain, mask)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("policy", ["gate", "gate, Bernoulli", "gate, no entropy"])
+@pytest.mark.parametrize("make", [models.gpt2, models.mlp])
+def test_a_round_of_the_gate_equals_a_plain_loop(make: MakeBase, policy: str) -> None:
+    """In float64, since the gate learns from small differences between rewards."""
+    case = case_of(make, POLICIES[policy])
+    update, users = case.run()
+    for u in range(len(IDS)):
+        plain = PlainUser(make, case, u)
+        mask, phi_gradient, embedding_gradient = plain.policy_gradient()
+        assert_trained(case, update, users, plain, mask)
+        ids, rows = sent(update, GATE_SECTION, u)
+        assert ids == [0]
+        torch.testing.assert_close(rows[0], phi_gradient, rtol=1e-8, atol=1e-13)
+        moved = users.embedding_ue[u] - case.users.embedding_ue[u]
+        expected = case.rule.gate.embedding_rate * embedding_gradient
+        torch.testing.assert_close(moved, expected, rtol=1e-8, atol=1e-13)
+    assert (update.sections[GATE_SECTION].rows_ukw.flatten(1).norm(dim=1) > 1e-7).any()
+
+
+# -------------------------------------------------------------------------------- blocks and padding
+
+
+def assert_same_round(update: UpdateBlock, users: UserBlock, u: int, one: UpdateBlock, user: UserBlock) -> None:
+    """User u of a block sends and keeps what the single user of `one` does."""
+    assert set(update.sections) == set(one.sections)
+    for section in update.sections:
+        (ids, rows), (expected_ids, expected_rows) = sent(update, section, u), sent(one, section, 0)
+        assert ids == expected_ids
+        torch.testing.assert_close(rows, expected_rows, rtol=1e-4, atol=2e-6)
+    assert set(update.metrics) == set(one.metrics)
+    for name, values_u in update.metrics.items():
+        torch.testing.assert_close(values_u[u], one.metrics[name][0], rtol=1e-4, atol=2e-6)
+    assert update.weight_u[u] == one.weight_u[0]
+    torch.testing.assert_close(users.embedding_ue[u], user.embedding_ue[0], rtol=1e-4, atol=2e-6)
+    assert torch.equal(users.mask_ub[u], user.mask_ub[0])
+    assert users.visits_u[u] == user.visits_u[0]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("make", [models.gpt2, models.mlp])
+def test_a_block_of_users_equals_each_user_alone(make: MakeBase, policy: str) -> None:
+    case = case_of(make, POLICIES[policy])
+    update, users = case.run()
+    for u in range(len(IDS)):
+        assert_same_round(update, users, u, *case.only(u).run())
+
+
+@pytest.mark.parametrize("policy", ["gate", "saliency"])
+def test_padded_examples_do_not_count(policy: str) -> None:
+    """A user who owns two of the three examples of each step, of the gains and of the query."""
+    case = case_of(models.mlp, POLICIES[policy], gain_examples=3)
+
+    def cut(batch: Batch) -> Batch:
+        weight = batch.weight.clone()
+        weight[:, 2::3] = 0.0
+        return Batch(torch.where(weight[..., None] > 0, batch.inputs, 1e3), batch.targets, weight)
+
+    def without(batch: Batch) -> Batch:
+        kept = [n for n in range(batch.weight.shape[1]) if n % 3 != 2]
+        return Batch(batch.inputs[:, kept], batch.targets[:, kept], batch.weight[:, kept])
+
+    padded = replace(case, data=RoundData(cut(case.data.support), cut(case.data.query)))
+    fewer = LocalRule(case.rule.gate, case.rule.local.model_copy(update={"examples": 2, "gain_examples": 2}))
+    bare = replace(case, data=RoundData(without(case.data.support), without(case.data.query)), rule=fewer)
+    update, users = padded.run()
+    for u in range(len(IDS)):
+        assert_same_round(update, users, u, *bare.only(u).run())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_server_admits_what_a_round_sends(policy: str) -> None:
+    case = case_of(models.mlp, POLICIES[policy])
+    update, _ = case.run()
+    spec = case.model.spec
+    schema = schema_of(spec, gate_spec(case.model, case.rule.gate), case.rule.gate)
+    admitted, rejections = admit(update, schema, Limits())
+    assert not rejections.reasons
+    for section in update.sections:
+        for u in range(len(IDS)):
+            assert sent(admitted, section, u)[0] == sent(update, section, u)[0]
+            assert torch.equal(sent(admitted, section, u)[1], sent(update, section, u)[1])
+
+
+# -------------------------------------------------------------------------------- state
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_round_changes_nothing_that_it_was_given(policy: str) -> None:
+    case = case_of(models.mlp, POLICIES[policy])
+    values = {name: rows.clone() for name, rows in case.state.values.items()}
+    given = [t.clone() for t in (case.users.embedding_ue, case.users.mask_ub, case.users.visits_u)]
+    _, users = case.run()
+    assert all(torch.equal(case.state.values[name], rows) for name, rows in values.items())
+    left = (case.users.embedding_ue, case.users.mask_ub, case.users.visits_u)
+    assert all(torch.equal(a, b) for a, b in zip(given, left, strict=True))
+    assert users.visits_u.tolist() == [1] * len(IDS)
+
+
+def test_a_warming_up_gate_draws_masks_at_random_and_learns_nothing() -> None:
+    case = case_of(models.mlp, POLICIES["gate, warming up"])
+    update, users = case.run()
+    mask_ug = masks.unpack(users.mask_ub, case.model.spec.units)
+    assert (mask_ug.view(len(IDS), -1, RANK).sum(2) == BUDGET).all()
+    assert not update.sections[GATE_SECTION].valid_uk.any()
+    assert torch.equal(users.embedding_ue, case.users.embedding_ue)
+    after = replace(case, state=replace(case.state, round_index=ROUND + 1))
+    assert after.run()[0].sections[GATE_SECTION].valid_uk.all()
+
+
+def test_alternate_training_moves_one_factor_per_round() -> None:
+    case = case_of(models.mlp, POLICIES["saliency"], train="alternate")
+    for round_index, trained in ((1, "up"), (2, "down"), (3, "up")):
+        update, _ = replace(case, state=replace(case.state, round_index=round_index)).run()
+        for m in case.model.spec.modules:
+            down, up = torch.split(update.sections[m.section].rows_ukw, [m.d_in, m.d_out], 2)
+            moved, still = (down, up) if trained == "down" else (up, down)
+            assert moved.any()
+            assert not still.any()
+
+
+# -------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize(("steps", "gain_examples", "wanted"), [(2, 4, 6), (1, 4, 4)])
+def test_a_round_draws_what_it_needs_and_draws_it_again_alike(steps: int, gain_examples: int, wanted: int) -> None:
+    base = models.mlp()
+    population = InMemory(base, {"support": models.batch_for(base, 9, 30, 1), "query": models.batch_for(base, 9, 20, 2)})
+    rule = case_of(models.mlp, {}, steps=steps, gain_examples=gain_examples).rule
+    ids = np.array([1, 7, 4])
+    data = round_data(population, ids, rule, STREAMS)
+    assert data.support.weight.shape == (3, wanted)
+    assert data.query.weight.shape == (3, 3)
+    alone = round_data(population, ids[1:2], rule, STREAMS)
+    assert torch.equal(data.support.inputs[1:2], alone.support.inputs)
+    assert torch.equal(data.query.targets[1:2], alone.query.targets)
+    later = round_data(population, ids, rule, Streams(5).at("round", ROUND + 1))
+    assert not torch.equal(data.support.inputs, later.support.inputs)

@@ -1,0 +1,86 @@
+"""The schema, first values and version of the trained state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from federation.config import GateConfig
+from federation.pool.model import PooledModel
+from federation.state import GATE_SECTION, gate_spec, initial_values, schema_of, version_of
+from federation.streams import Streams
+from federation.update import Schema, Values
+from tests import models
+
+RANK, BUDGET = 5, 2
+
+
+def model() -> PooledModel:
+    return PooledModel.around(models.mlp(), RANK, 1.0)
+
+
+def schema_for(**gate: Any) -> Schema:
+    config = GateConfig(budget=BUDGET, **gate)
+    return schema_of(model().spec, gate_spec(model(), config), config)
+
+
+def values_for(seed: int = 0) -> Values:
+    config = GateConfig(budget=BUDGET)
+    gate = gate_spec(model(), config)
+    return initial_values(model().spec, gate, schema_of(model().spec, gate, config), Streams(seed))
+
+
+@pytest.mark.parametrize(
+    ("gate", "max_rows", "has_gate"),
+    [
+        ({}, BUDGET, True),
+        ({"distribution": "bernoulli"}, RANK, True),
+        ({"policy": "saliency"}, BUDGET, False),
+        ({"policy": "random", "distribution": "bernoulli"}, RANK, False),
+        ({"policy": "all"}, RANK, False),
+    ],
+)
+def test_a_user_may_send_its_budget_of_units_and_the_gate_where_one_is_trained(
+    gate: dict[str, Any], max_rows: int, has_gate: bool
+) -> None:
+    schema = schema_for(**gate)
+    pool = [spec for name, spec in schema.sections.items() if name != GATE_SECTION]
+    assert [(spec.rows, dict(spec.factors), spec.max_rows) for spec in pool] == [
+        (RANK, {"down": 5, "up": 7}, max_rows),
+        (RANK, {"down": 7, "up": 3}, max_rows),
+    ]
+    assert (GATE_SECTION in schema.sections) == has_gate
+    if has_gate:
+        assert (schema.sections[GATE_SECTION].rows, schema.sections[GATE_SECTION].max_rows) == (1, 1)
+
+
+def test_first_values_fit_the_schema_and_change_nothing_yet() -> None:
+    values, schema = values_for(), schema_for()
+    assert {n: tuple(v.shape) for n, v in values.items()} == {n: (s.rows, s.width) for n, s in schema.sections.items()}
+    for name, spec in schema.sections.items():
+        if name != GATE_SECTION:
+            assert not values[name][:, spec.columns("up")].any()
+            assert values[name][:, spec.columns("down")].all()
+
+
+def test_first_values_depend_on_the_seed_alone() -> None:
+    once, again, other = values_for(0), values_for(0), values_for(1)
+    assert all(torch.equal(once[name], again[name]) for name in once)
+    assert not any(torch.equal(once[name], other[name]) for name in once)
+
+
+def test_a_version_names_these_values_of_this_round() -> None:
+    values = dict(values_for())
+    version = version_of(values, 3)
+    assert version.startswith("r3-")
+    assert version_of(dict(reversed(values.items())), 3) == version
+    names = {version, version_of(values, 4)}
+    for name, rows in values.items():
+        bits = rows.clone().view(torch.int32)
+        bits[0, -1] ^= 1
+        names.add(version_of({**values, name: bits.view(torch.float32)}, 3))
+    swapped = dict(zip(values, [values[name] for name in reversed(list(values))]))
+    names.add(version_of(swapped, 3))
+    assert len(names) == 3 + len(values)

@@ -1,0 +1,233 @@
+"""Whatever dies, fills up or is damaged while simulating: a clear end, and a resume that ends with the same bits."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import server.checkpoint
+from client.store import UserStore
+from federation.config import RunConfig
+from federation.errors import CheckpointError, FedquiltError, RunError, StoreError
+from server.checkpoint import checksum, rounds
+from simulations.federate import RoundReport, federate, last_checkpoint, read_history
+from simulations.run import MAIN, run
+from simulations.workers import RayWorkers
+from tests.simulations.tiny import Interrupt, interrupt_at, simulate, tiny_config, tiny_setup
+
+LONG = ("federation.rounds=14",)
+PATIENCE_SECONDS = 120
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in a worker: equal bits are promised for one thread per process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return simulate(tiny_config(), tmp_path_factory.mktemp("undisturbed"))
+
+
+# -------------------------------------------------------------------------------- killed
+
+
+def run_or_resume(config: RunConfig, folder: Path, file_bytes: int | None) -> None:
+    """What a child process does; a clear error is written to `error`. file_bytes: no file may grow beyond it."""
+    torch.set_num_threads(1)
+    if file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    try:
+        run(config, folder, resume=True)
+    except FedquiltError as error:
+        (folder / "error").write_text(f"{type(error).__name__}: {error}")
+
+
+def start(config: RunConfig, folder: Path, file_bytes: int | None = None) -> BaseProcess:
+    """A child forked from a server that has imported everything, so that it is at work at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["simulations.run", "simulations.populations.synthetic"])
+    child = context.Process(target=run_or_resume, args=(config, folder, file_bytes))
+    child.start()
+    return child
+
+
+def finish(child: BaseProcess) -> int | None:
+    """The exit code of a child that ends by itself."""
+    child.join(PATIENCE_SECONDS)
+    if child.is_alive():
+        child.kill()
+    child.join()
+    return child.exitcode
+
+
+def wait_for_round(child: BaseProcess, folder: Path, round_index: int) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while len(read_history(folder / MAIN)) < round_index:
+        assert child.is_alive(), f"the child ended before round {round_index}"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_killed_at_three_random_moments_and_resumed_it_ends_with_the_same_checksum(tmp_path: Path) -> None:
+    config, folder, chance = tiny_config(*LONG), tmp_path / "killed", random.Random(0)
+    for round_index in sorted(chance.sample(range(1, 11), 3)):
+        child = start(config, folder)
+        wait_for_round(child, folder, round_index)
+        time.sleep(chance.uniform(0.0, 0.05))
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    assert finish(start(config, folder)) == 0
+    assert checksum(last_checkpoint(folder / MAIN)) == simulate(config, tmp_path / "undisturbed")
+    assert [line["round_index"] for line in read_history(folder / MAIN)] == list(range(1, 15))
+
+
+STEPS: dict[str, tuple[Any, str]] = {
+    "users are written": (UserStore, "write"),
+    "a checkpoint is saved": (server.checkpoint, "save"),
+    "the store is compacted": (UserStore, "compact"),
+    "the store is rewound": (UserStore, "rewind"),
+}
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("step", STEPS)
+def test_dead_before_or_after_any_step_it_resumes_to_the_same_bits(
+    undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, moment: str
+) -> None:
+    owner, name = STEPS[step]
+    real, calls = getattr(owner, name), 0
+    last = 1 if step == "the store is rewound" else 8 if step == "users are written" else 4
+
+    def dying(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == last and moment == "before":
+            raise Interrupt
+        result = real(*arguments)
+        if calls == last:
+            raise Interrupt
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, dying)
+        with pytest.raises(Interrupt):
+            simulate(tiny_config(), tmp_path)
+    assert simulate(tiny_config(), tmp_path, resume=True) == undisturbed
+    assert [line["round_index"] for line in read_history(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_killed_worker_ends_the_run_with_words_and_resume_goes_on(undisturbed: str, tmp_path: Path) -> None:
+    config = tiny_config("federation.workers=1")
+    workers = RayWorkers(config)
+
+    def kill_the_worker(report: RoundReport) -> None:
+        if report.round_index == 3:
+            ((_, _, pid),) = workers.run(lambda worker: (None, os.getpid()), [()])
+            os.kill(pid, signal.SIGKILL)
+
+    try:
+        with pytest.raises(RunError, match=r"worker 0 died in job \d of \d .*nothing .* is lost.*--resume"):
+            federate(tiny_setup(config), workers, range(60), tmp_path, False, kill_the_worker)
+    finally:
+        workers.close()
+    assert rounds(tmp_path / "checkpoints")[-1] == 3
+    assert simulate(tiny_config(), tmp_path, resume=True) == undisturbed
+
+
+# -------------------------------------------------------------------------------- damaged
+
+
+def flip(path: Path) -> None:
+    """Turns one bit in the middle of a file around."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["values.safetensors", "optimizer-pool.safetensors", "manifest.json"])
+def test_with_a_flipped_bit_in_the_newest_checkpoint_the_one_before_is_used_loudly(
+    undisturbed: str, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(Interrupt):
+        simulate(tiny_config(), tmp_path, on_round=interrupt_at(4))
+    flip(tmp_path / "checkpoints" / "round-000004" / name)
+    seen: list[int] = []
+    with pytest.warns(RuntimeWarning, match=rf"round-000004 is damaged: {name}.*falling back"):
+        found = simulate(tiny_config(), tmp_path, resume=True, on_round=lambda r: seen.append(r.round_index))
+    assert found == undisturbed
+    assert seen == [4, 5, 6]
+    assert [line["round_index"] for line in read_history(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.filterwarnings("ignore:.*falling back:RuntimeWarning")
+def test_with_all_checkpoints_damaged_nothing_is_started_over(tmp_path: Path) -> None:
+    with pytest.raises(Interrupt):
+        simulate(tiny_config(), tmp_path, on_round=interrupt_at(4))
+    for round_index in rounds(tmp_path / "checkpoints"):
+        flip(tmp_path / "checkpoints" / f"round-{round_index:06d}" / "values.safetensors")
+    with pytest.raises(CheckpointError, match=r"no usable checkpoint .*round-000004.*round-000003.*round-000002"):
+        simulate(tiny_config(), tmp_path, resume=True)
+    assert rounds(tmp_path / "checkpoints") == (2, 3, 4)
+
+
+def test_a_damaged_user_store_is_said_and_not_trained_over(tmp_path: Path) -> None:
+    with pytest.raises(Interrupt):
+        simulate(tiny_config(), tmp_path, on_round=interrupt_at(4))
+    for data in sorted((tmp_path / "users").glob("shard-*/data.mdb")):
+        os.truncate(data, 4096)
+    with pytest.raises(StoreError, match=r"shard \d .*restore"):
+        simulate(tiny_config(), tmp_path, resume=True)
+
+
+# -------------------------------------------------------------------------------- full
+
+
+@pytest.mark.parametrize("writes", [0, 3, 5, 17])
+def test_a_disk_that_fills_up_at_a_checkpoint_is_said_and_resume_goes_on(
+    undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    real, done = Path.write_bytes, 0
+
+    def write_bytes(path: Path, payload: bytes) -> int:
+        nonlocal done
+        if done == writes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        done += 1
+        return real(path, payload)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_bytes)
+        with pytest.raises((CheckpointError, RunError), match="No space left on device.*free space"):
+            simulate(tiny_config(), tmp_path)
+    assert simulate(tiny_config(), tmp_path, resume=True) == undisturbed
+
+
+@pytest.mark.parametrize("file_bytes", [12_000, 20_000, 25_000, 28_000])
+def test_a_file_that_may_not_grow_ends_the_run_with_words_and_resume_goes_on(
+    undisturbed: str, tmp_path: Path, file_bytes: int
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    assert finish(start(tiny_config(), folder, file_bytes)) == 0
+    words = (folder / "error").read_text()
+    print(words, len(read_history(folder/"pool")))
+    assert "free space" in words or "File too large" in words
+    assert run(tiny_config(), folder, resume=True).record["checksum"] == undisturbed

@@ -1,0 +1,298 @@
+"""A federation is the same bits whoever works, and however often it is interrupted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from client.state import RecordLayout
+from client.store import UserStore, shard_of
+from federation import masks
+from federation.errors import ConfigError, FedquiltError, PluginError, PopulationError, RunError
+from federation.state import GATE_SECTION
+from federation.streams import Streams
+from server.checkpoint import checksum, rounds
+from simulations.evaluate import evaluated_users
+from simulations.federate import (
+    RoundReport,
+    cut,
+    draw_cohort,
+    federate,
+    last_checkpoint,
+    load_state,
+    read_history,
+)
+from simulations.methods import methods_of
+from simulations.populations import make_population
+from simulations.record import read_record
+from simulations.run import run
+from simulations.workers import RayWorkers
+from tests.simulations.tiny import Interrupt, interrupt_at, simulate, tiny_config, tiny_setup
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return simulate(tiny_config(), tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in a worker: equal bits are promised for one thread per process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# -------------------------------------------------------------------------------- who works
+
+
+class FirstOf(RayWorkers):
+    """The first few actors of a cluster that stands: starting one for each number of workers would take a minute."""
+
+    def __init__(self, cluster: RayWorkers, count: int) -> None:
+        self._ray, self._actors = cluster._ray, cluster._actors[:count]
+
+
+def test_one_two_and_three_workers_give_the_bits_of_none(undisturbed: str, tmp_path: Path) -> None:
+    config = tiny_config("federation.workers=3")
+    cluster = RayWorkers(config)
+    try:
+        for count in (1, 2, 3):
+            folder = tmp_path / str(count)
+            federate(tiny_setup(config), FirstOf(cluster, count), range(60), folder, False, lambda report: None)
+            assert checksum(last_checkpoint(folder)) == undisturbed
+    finally:
+        cluster.close()
+
+
+# -------------------------------------------------------------------------------- interrupted
+
+
+@pytest.mark.parametrize(("every", "stop"), [(1, 1), (1, 5), (1, 6), (2, 1), (2, 3), (4, 5)])
+def test_a_run_that_was_interrupted_ends_with_the_bits_of_an_undisturbed_one(
+    undisturbed: str, tmp_path: Path, every: int, stop: int
+) -> None:
+    config = tiny_config(f"federation.checkpoint_every={every}")
+    with pytest.raises(Interrupt):
+        simulate(config, tmp_path, on_round=interrupt_at(stop))
+    seen: list[int] = []
+    assert simulate(config, tmp_path, resume=True, on_round=lambda r: seen.append(r.round_index)) == undisturbed
+    durable = stop if stop == 6 else stop - stop % every
+    assert seen == list(range(durable + 1, 7))
+    assert [line["round_index"] for line in read_history(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_without_resume_a_federation_that_is_there_is_refused_and_kept(undisturbed: str, tmp_path: Path) -> None:
+    with pytest.raises(Interrupt):
+        simulate(tiny_config(), tmp_path, on_round=interrupt_at(4))
+    with pytest.raises(RunError, match="holds a federation already; resume it"):
+        simulate(tiny_config(), tmp_path)
+    assert rounds(tmp_path / "checkpoints") == (2, 3, 4)
+    assert simulate(tiny_config(), tmp_path, resume=True) == undisturbed
+
+
+def test_a_finished_federation_resumes_to_what_it_is(undisturbed: str, tmp_path: Path) -> None:
+    simulate(tiny_config(), tmp_path)
+    seen: list[RoundReport] = []
+    assert simulate(tiny_config(), tmp_path, resume=True, on_round=seen.append) == undisturbed
+    assert seen == []
+
+
+def test_who_works_and_how_often_is_saved_may_change_at_a_resume(undisturbed: str, tmp_path: Path) -> None:
+    with pytest.raises(Interrupt):
+        simulate(tiny_config("federation.workers=0"), tmp_path, on_round=interrupt_at(3))
+    changed = tiny_config("federation.checkpoint_every=3", "name=other", "evaluate.users=3")
+    assert simulate(changed, tmp_path, resume=True) == undisturbed
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=1", "local.learning_rate=0.06", "federation.block=5", "federation.rounds=7", "population.options.noise=0.2"],
+)
+def test_another_configuration_does_not_resume_and_spoils_nothing(
+    undisturbed: str, tmp_path: Path, override: str
+) -> None:
+    with pytest.raises(Interrupt):
+        simulate(tiny_config(), tmp_path, on_round=interrupt_at(3))
+    with pytest.raises(RunError, match=r"resumes with the configuration it was started with.*another --out"):
+        simulate(tiny_config(override), tmp_path, resume=True)
+    assert simulate(tiny_config(), tmp_path, resume=True) == undisturbed
+
+
+# -------------------------------------------------------------------------------- what a run leaves
+
+
+def test_users_remember_their_visits_and_masks(tmp_path: Path) -> None:
+    config = tiny_config()
+    simulate(config, tmp_path)
+    setup, users = tiny_setup(config), np.arange(60)
+    cohorts = [draw_cohort(range(60), 12, setup.streams.at("round", r)) for r in range(1, 7)]
+    layout = RecordLayout(config.gate.embedding, 2)
+    with UserStore(tmp_path / "users", config.federation.shards, layout) as store:
+        block = store.read(users, before_round=7)
+    visits = np.bincount(np.concatenate(cohorts), minlength=60)
+    assert block.visits_u.tolist() == visits.tolist()
+    counts = masks.count(block.mask_ub)
+    assert counts.tolist() == np.where(visits > 0, 2 * config.gate.budget, 0).tolist()
+    learned = (block.embedding_ue != 0).any(1).numpy()
+    assert learned.any()
+    assert set(users[learned]) <= set(np.concatenate(cohorts[config.gate.warmup :]))
+
+
+def test_at_least_three_checkpoints_and_every_round_are_kept(tmp_path: Path) -> None:
+    reports: list[RoundReport] = []
+    simulate(tiny_config(), tmp_path, on_round=reports.append)
+    assert rounds(tmp_path / "checkpoints") == (4, 5, 6)
+    assert [line["metrics"] for line in read_history(tmp_path)] == [report.metrics for report in reports]
+    assert all(report.users == 12 and not report.rejected and report.users_per_second > 0 for report in reports)
+    share = tiny_config().gate.budget / tiny_config().pool.rank
+    assert [report.metrics["active_share"] for report in reports] == pytest.approx([share] * 6)
+
+
+def test_the_gate_waits_for_the_end_of_its_warm_up(tmp_path: Path) -> None:
+    config = tiny_config("gate.warmup=2", "federation.rounds=3")
+    before = tiny_setup(config).begin().values[GATE_SECTION]
+    with pytest.raises(Interrupt):
+        simulate(config, tmp_path, on_round=interrupt_at(2))
+    assert torch.equal(load_state(tiny_setup(config), tmp_path).values[GATE_SECTION], before)
+    simulate(config, tmp_path, resume=True)
+    assert not torch.equal(load_state(tiny_setup(config), tmp_path).values[GATE_SECTION], before)
+
+
+def test_alternate_rounds_leave_the_other_factor_bit_for_bit(tmp_path: Path) -> None:
+    config = tiny_config('local.train="alternate"', "federation.rounds=3")
+    setup = tiny_setup(config)
+    states = [setup.begin()]
+    for stop in (1, 2, 3):
+        with pytest.raises(Interrupt):
+            simulate(config, tmp_path, resume=stop > 1, on_round=interrupt_at(stop))
+        states.append(load_state(setup, tmp_path))
+    for before, after, trained in zip(states, states[1:], ("up", "down", "up")):
+        for m in setup.model.spec.modules:
+            columns = {"down": slice(0, m.d_in), "up": slice(m.d_in, None)}
+            for factor, place in columns.items():
+                same = torch.equal(before.values[m.section][:, place], after.values[m.section][:, place])
+                assert same == (factor != trained)
+
+
+def test_a_rejected_user_is_counted_and_the_run_goes_on(tmp_path: Path) -> None:
+    """fp16 rows beyond its range become infinite, and admission refuses those."""
+    config = tiny_config("codec.rows=fp16", "local.learning_rate=1e8", "gate.policy=saliency", "local.steps=1")
+    reports: list[RoundReport] = []
+    simulate(config, tmp_path, on_round=reports.append)
+    assert len(reports) == 6
+    refused = sum(sum(report.rejected.values()) for report in reports)
+    assert refused > 0
+    assert any("not finite" in reason for report in reports for reason in report.rejected)
+    assert all(torch.isfinite(v).all() for v in last_checkpoint(tmp_path).tensors["values"].values())
+
+
+# -------------------------------------------------------------------------------- cohorts and chunks
+
+
+def test_a_cohort_is_of_different_users_of_the_population_in_order() -> None:
+    ids = np.array([5, 900, 7, 10**15, 3], dtype=np.int64)
+    for round_index in range(20):
+        streams = Streams(0).at("round", round_index)
+        cohort = draw_cohort(range(100, 140), 30, streams)
+        assert cohort.dtype == np.int64
+        assert cohort.tolist() == sorted(set(cohort.tolist()))
+        assert set(cohort.tolist()) <= set(range(100, 140))
+        listed = draw_cohort(ids, 3, streams).tolist()
+        assert listed == sorted(set(listed))
+        assert set(listed) <= set(ids.tolist())
+    assert draw_cohort(ids, 5, Streams(0)).tolist() == sorted(ids.tolist())
+    assert len(draw_cohort(range(10**15), 50, Streams(0))) == 50
+
+
+def test_every_user_is_drawn_equally_often() -> None:
+    draws = [draw_cohort(range(20), 5, Streams(3).at("round", r)) for r in range(2000)]
+    counts = np.bincount(np.concatenate(draws), minlength=20)
+    # Each count has mean 500 and deviation sqrt(2000 * 1/4 * 3/4) = 19.4.
+    assert np.abs(counts - 500).max() < 4 * 19.4
+    assert len({tuple(d.tolist()) for d in draws}) > 1500
+
+
+def test_chunks_are_the_cohort_cut_by_shard() -> None:
+    cohort = np.sort(np.random.default_rng(0).choice(10**9, 50, replace=False))
+    chunks = cut(cohort, 7)
+    assert sorted(np.concatenate(chunks).tolist()) == cohort.tolist()
+    assert [sorted(chunk.tolist()) for chunk in chunks] == [chunk.tolist() for chunk in chunks]
+    shards = [set(shard_of(chunk, 7).tolist()) for chunk in chunks]
+    assert all(len(shard) == 1 for shard in shards)
+    assert shards == sorted(shards, key=min)
+
+
+# -------------------------------------------------------------------------------- bad input
+
+
+def test_too_few_users_are_refused_with_what_to_change(tmp_path: Path) -> None:
+    with pytest.raises(PopulationError, match=r"cohort of 61 .* the population has 60; lower federation.cohort"):
+        simulate(tiny_config("federation.cohort=61"), tmp_path)
+    population = make_population(tiny_config().population)
+    for override, message in (
+        ("evaluate.users=21", r"wants 21 new users, .*'synthetic' has 20; lower evaluate.users"),
+        ("evaluate.tuning_users=61", r"wants 61 train users, .* has 60; lower evaluate.tuning_users"),
+    ):
+        with pytest.raises(PopulationError, match=message):
+            evaluated_users(population, tiny_config(override))
+
+
+@pytest.mark.parametrize(
+    ("override", "kind", "message"),
+    [
+        ("population.name=synthetik", PluginError, r"no population is called 'synthetik'; did you mean 'synthetic'\?"),
+        ("population.options.rnak=4", ConfigError, r"'synthetic' has no option 'rnak'; did you mean 'rank'\?"),
+        ("strategy.name=fedavgg", PluginError, r"no strategy is called 'fedavgg'; did you mean 'fedavg'\?"),
+        ("pool.target_modules=['fc9']", FedquiltError, r"\['fc9'\] match no linear layer .*'fc1', 'fc2'"),
+    ],
+)
+def test_an_unknown_name_tells_the_nearest(
+    tmp_path: Path, override: str, kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        simulate(tiny_config(override), tmp_path)
+
+
+def test_an_unknown_method_lists_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"unknown method 'dsa_t9'.*did you mean 'dsa_t.'\?.*random_mask"):
+        methods_of(tiny_config("evaluate.methods=['shared', 'dsa_t9']"))
+    with pytest.raises(ConfigError, match=r"method@kind or method@ternary:share, got 'dsa_t2@int9'"):
+        methods_of(tiny_config("evaluate.methods=['dsa_t2@int9']"))
+
+
+def test_a_folder_with_a_run_is_not_started_over(tmp_path: Path) -> None:
+    config = tiny_config("federation.rounds=1")
+    first = run(config, tmp_path / "out").record["checksum"]
+    with pytest.raises(RunError, match=r"holds a run already; continue it with --resume"):
+        run(config, tmp_path / "out")
+    assert run(config, tmp_path / "out", resume=True).record["checksum"] == first
+
+
+@pytest.mark.parametrize("content", [None, "", "[1, 2]", '{"rounds": 3}', "{"])
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "record.json").write_text(content)
+    with pytest.raises(RunError, match=r"record"):
+        read_record(tmp_path)
+    with pytest.raises(RunError, match=r"absent"):
+        read_record(tmp_path / "absent")
+
+
+def test_a_record_without_methods_tells_the_run_apart(tmp_path: Path) -> None:
+    made = run(tiny_config("kind=benchmark", "name=small"), tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert record == json.loads(json.dumps(made.record)) == read_record(tmp_path / "out")
+    assert (record["kind"], record["name"], record["rounds"]) == ("benchmark", "small", 6)
+    assert (record["users"]["train"], record["users"]["new"]) == (60, 20)
+    assert record["population"]["name"] == "synthetic"
+    assert record["seconds"] > 0
+    assert record["users_per_second"] > 0
+    assert "methods" not in record
+    assert made.evaluation is None
