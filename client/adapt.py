@@ -51,7 +51,13 @@ def freeze_factors(gradients: Sequence[Tensor], modules: Sequence[ModuleSpec], f
 def sgd(
     model: PooledModel, rows: Rows, batches: Sequence[Batch], learning_rate: float, factors: Sequence[str]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """One SGD step per batch on the active rows. Returns the new rows and the loss before the first step (U,)."""
+    """One SGD step per batch on the active rows. Returns the new rows and the loss before the first step (U,).
+
+    Without a factor to train there is one forward pass and no step.
+    """
+    if not factors:
+        with torch.no_grad(), model.bound(rows):
+            return dict(rows), model.loss(batches[0])
     current = {m.section: rows[m.section].detach().clone() for m in model.spec.modules}
     first_loss_u: Tensor | None = None
     for batch in batches:

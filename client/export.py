@@ -87,9 +87,7 @@ def export_lora(
     return adapter
 
 
-def lora_adapter(
-    model: PooledModel, rows: Mapping[str, Tensor], layout: str, base_name: str | None
-) -> Adapter:
+def lora_adapter(model: PooledModel, rows: Mapping[str, Tensor], layout: str, base_name: str | None) -> Adapter:
     """One user's adapter in a layout, computing exactly what the rows do.
 
     Raises ConfigError for an unknown layout; PoolError for rows of another pool, rows that are not finite, a
@@ -99,9 +97,7 @@ def lora_adapter(
         raise ConfigError(f"unknown layout {layout!r}; {suggest(layout, _LAYOUTS)}")
     parts = _split(model, rows)
     if not any(part.rank for part in parts):
-        raise PoolError(
-            "an adapter needs an active unit in some module, this user has none; serve the base as it is"
-        )
+        raise PoolError("an adapter needs an active unit in some module, this user has none; serve the base as it is")
     settings, laid_out = _LAYOUTS[layout](parts, model.spec.scale)
     config = LoraConfig(
         **settings,
@@ -124,13 +120,10 @@ def _split(model: PooledModel, rows: Mapping[str, Tensor]) -> list[_LowRank]:
         if row is None or row.ndim != 2 or row.shape[1] != m.width:
             got = None if row is None else tuple(row.shape)
             raise PoolError(
-                f"a user's rows must be (k, {m.width}), got {got} (module {m.name!r}); "
-                "are they of another pool?"
+                f"a user's rows must be (k, {m.width}), got {got} (module {m.name!r}); are they of another pool?"
             )
         if not row.isfinite().all():
-            raise PoolError(
-                f"a user's rows must be finite, module {m.name!r} has others; tune with a lower rate"
-            )
+            raise PoolError(f"a user's rows must be finite, module {m.name!r} has others; tune with a lower rate")
         parts.append(_LowRank(m.name, row[:, : m.d_in], row[:, m.d_in :]))
     return parts
 

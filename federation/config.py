@@ -38,6 +38,7 @@ class PoolConfig(Settings):
 
     rank: PositiveInt = Field(32, description="units per module (R)")
     scale: PositiveFloat = Field(2.0, description="s in y = base(x) + s (x down^T) up")
+    start: Literal["fresh", "teacher"] = Field("fresh", description="first rows; teacher: the population's best ones")
     target_modules: tuple[str, ...] | None = Field(None, description="as in PEFT; the base model's own by default")
 
 
@@ -65,6 +66,9 @@ class GateConfig(Settings):
         return self
 
 
+_FACTORS: dict[str, tuple[str, ...]] = {"both": ("down", "up"), "down": ("down",), "up": ("up",), "nothing": ()}
+
+
 class LocalConfig(Settings):
     """A user's work in one round."""
 
@@ -73,15 +77,15 @@ class LocalConfig(Settings):
     examples: PositiveInt = Field(4, description="support examples per step")
     gain_examples: PositiveInt = Field(8, description="support examples that the gains are measured on")
     query_examples: PositiveInt = Field(4, description="query examples that rewards are measured on")
-    train: Literal["both", "down", "up", "alternate"] = Field("both", description="factors; alternate starts with up")
+    train: Literal["both", "down", "up", "alternate", "nothing"] = Field(
+        "both", description="which factors; alternate starts with up; nothing trains the gate alone"
+    )
 
     def factors(self, round_index: int) -> tuple[str, ...]:
         """The factors trained in a round (counted from 1)."""
-        if self.train == "both":
-            return ("down", "up")
         if self.train == "alternate":
             return ("up",) if round_index % 2 else ("down",)
-        return (self.train,)
+        return _FACTORS[self.train]
 
 
 class CodecConfig(Settings):

@@ -174,9 +174,7 @@ def sweep(
             show_default=False,
         ),
     ],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of all runs; runs/sweep-<name> by default.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of all runs; runs/sweep-<name> by default.")] = None,
 ) -> None:
     """Run experiments with several seeds and settings, and compare them.
 
@@ -216,9 +214,7 @@ def export(
     adapter = export_lora(model, rows, out, layout, model.base.name)
     size = sum(tensor.numel() * tensor.element_size() for tensor in adapter.tensors.values())
     console = Console()
-    console.print(
-        f"rank {adapter.config.r}, {size:,} bytes, for peft.PeftModel.from_pretrained(base, folder)"
-    )
+    console.print(f"rank {adapter.config.r}, {size:,} bytes, for peft.PeftModel.from_pretrained(base, folder)")
     _say_where(console, "adapter", out)
 
 
@@ -290,9 +286,7 @@ def experiment_path(name: str) -> Path:
     if name in ours:
         return ours[name]
     if not name.endswith(".toml"):
-        raise ConfigError(
-            f"an experiment is a .toml file or one of ours, not {name!r}; {suggest(name, ours)}"
-        )
+        raise ConfigError(f"an experiment is a .toml file or one of ours, not {name!r}; {suggest(name, ours)}")
     return Path(name)
 
 

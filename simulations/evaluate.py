@@ -18,6 +18,7 @@ from federation import masks
 from federation.config import RunConfig
 from federation.data.population import Population, as_array
 from federation.errors import PopulationError
+from federation.pool.spec import SECTION_PREFIX
 from federation.streams import UserIds
 from simulations.cached import fitted_weights, mixed_loss
 from simulations.methods import Method, methods_of
@@ -45,12 +46,12 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All rows, over the same users in the same order, and the gate's masks (U, G)."""
+    """All rows, over the same users in the same order, and what masks each rule proposed (U, G)."""
 
     user_ids: UserIds
     groups_u: UserIds
     results: Sequence[MethodResult]
-    mask_ug: Tensor
+    masks: Mapping[str, Tensor]
 
 
 def evaluate(workers: Workers, population: Population, trained: Trained, progress: Progress) -> Evaluation:
@@ -67,8 +68,10 @@ def evaluate(workers: Workers, population: Population, trained: Trained, progres
     trials = _serve(workers, shared, tuning_ids, tuning_blocks, tuning_masks, grid, done)
     chosen = [min(plans_of(method, config), key=lambda plan: _mean_loss(trials[plan])) for method in methods]
     served = _serve(workers, shared, new_ids, new_blocks, new_masks, chosen, done)
+    units = config.pool.rank * sum(name.startswith(SECTION_PREFIX) for name in trained.values["pool"])
     results = [_result(plan, served[plan], trials[plan]) for plan in chosen]
-    return Evaluation(new_ids, population.groups(new_ids), results, _unpacked(new_masks, trained))
+    proposed = {name: masks.unpack(mask, units) for name, mask in new_masks.items()}
+    return Evaluation(new_ids, population.groups(new_ids), results, proposed)
 
 
 def evaluated_users(population: Population, config: RunConfig) -> tuple[UserIds, UserIds]:
@@ -158,8 +161,3 @@ def _result(plan: Plan, served: Sequence[Served], trial: Sequence[Served]) -> Me
         active_share=served[0].active_share,
         seconds_per_user=sum(s.seconds for s in served) / users,
     )
-
-
-def _unpacked(packed: Mapping[str, Tensor], trained: Trained) -> Tensor:
-    units = trained.config.pool.rank * len([name for name in trained.values["pool"] if name.startswith("pool/")])
-    return masks.unpack(packed["gate" if "gate" in packed else "saliency"], units)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,11 +117,21 @@ class _History:
     def __init__(self, folder: Path, finished_rounds: int) -> None:
         kept = [line for line in read_history(folder) if line["round_index"] <= finished_rounds]
         self._path = folder / HISTORY_NAME
-        write_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        with self._writing():
+            write_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def add(self, report: RoundReport) -> None:
-        with self._path.open("a") as file:
+        with self._writing(), self._path.open("a") as file:
             file.write(json.dumps(asdict(report)) + "\n")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"{self._path} cannot be written ({error}); free space or mend the folder, then resume"
+            ) from error
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
@@ -180,5 +191,5 @@ def _save(setup: Setup, state: ServerState, checkpoints: Path) -> None:
 
 def _identity(config: RunConfig) -> dict[str, Any]:
     """The part of a configuration that decides the bits: not who works, nor what is measured afterwards."""
-    free = {"name": True, "kind": True, "evaluate": True, "federation": {"workers", "checkpoint_every"}}
+    free: Any = {"name": True, "kind": True, "evaluate": True, "federation": {"workers", "checkpoint_every"}}
     return config.model_dump(mode="json", exclude=free)

@@ -72,9 +72,7 @@ def _check_population(population: Population, record: Mapping[str, Any], user_id
     splits = {split: population.users(split) for split in ("train", "new")}
     if not any(user_id in users for users in splits.values()):
         has = ", ".join(f"{split} {users[0]}..{users[-1]}" for split, users in splits.items() if len(users))
-        raise PopulationError(
-            f"a user must be one of {population.name!r} ({has}), got {user_id}; give another --user"
-        )
+        raise PopulationError(f"a user must be one of {population.name!r} ({has}), got {user_id}; give another --user")
 
 
 def _pool(setup: Setup, run: Path, record: Mapping[str, Any]) -> Values:

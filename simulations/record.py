@@ -16,9 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from federation.data.population import Population
 from federation.errors import RunError
 from federation.files import write_file
 from simulations.evaluate import Evaluation, MethodResult
+from simulations.populations.synthetic import f1
+from simulations.setup import Teacher
 from simulations.statistics import Floats, Groups, bootstrap, clustered_error
 
 RECORD_NAME = "record.json"
@@ -75,13 +78,28 @@ def paired(losses: Mapping[str, Floats], groups_u: Groups) -> list[dict[str, Any
     return entries
 
 
+def mask_quality(evaluation: Evaluation, population: Population) -> dict[str, dict[str, float]]:
+    """F1 of each rule's masks against the best ones, where they are known: of the user, and given its type."""
+    if not isinstance(population, Teacher):
+        return {}
+    best = {
+        "f1": population.best_mask(evaluation.user_ids),
+        "f1_of_type": population.state_best_mask(evaluation.user_ids),
+    }
+    proposed = {**evaluation.masks, "type": best["f1_of_type"]}
+    return {
+        rule: {name: float(f1(mask_ug, best_ug).mean()) for name, best_ug in best.items()}
+        for rule, mask_ug in proposed.items()
+    }
+
+
 def users_table(evaluation: Evaluation) -> dict[str, Any]:
     """Each simulated user's losses, for distributions: ids, groups, and bits per character by method."""
     return {
         "ids": evaluation.user_ids.tolist(),
         "groups": evaluation.groups_u.tolist(),
         "loss": {r.method.name: np.round(r.loss_u, 6).tolist() for r in evaluation.results},
-        "units_in_use": evaluation.mask_ug.float().mean(0).tolist(),
+        "units_in_use": evaluation.masks.get("gate", evaluation.masks["saliency"]).float().mean(0).tolist(),
     }
 
 

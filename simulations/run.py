@@ -25,6 +25,7 @@ from simulations.record import (
     RECORD_NAME,
     USERS_NAME,
     comparisons,
+    mask_quality,
     method_table,
     provenance,
     read_record,
@@ -32,7 +33,7 @@ from simulations.record import (
     write_json,
 )
 from simulations.serve import Trained
-from simulations.setup import set_up, wrap
+from simulations.setup import first_pool, set_up, wrap
 from simulations.workers import Workers, start_workers
 
 CONFIG_NAME = "config.json"
@@ -67,7 +68,7 @@ def run(config: RunConfig, out: Path, resume: bool = False, progress: Progress |
         federations = _federations(config)
         trained = {}
         for name, federation in federations.items():
-            setup = set_up(federation, model)
+            setup = set_up(federation, model, first_pool(federation, population))
             with _Observer(out, name, federation.federation.rounds, progress) as observer:
                 state = federate(setup, workers, population.users("train"), out / name, resume, observer)
             trained[name] = state.values
@@ -96,8 +97,8 @@ def reevaluate(folder: Path, overrides: Sequence[str], progress: Progress | None
         done = last_checkpoint(folder / name).round_index if (folder / name).is_dir() else 0
         if done < config.federation.rounds:
             raise RunError(
-                f"the methods need all {config.federation.rounds} rounds of the federation {name!r}, {folder} has {done}; "
-                "leave out the methods that need it, or simulate with them"
+                f"the methods need all {config.federation.rounds} rounds of the federation {name!r}, "
+                f"{folder} has {done}; leave out the methods that need it, or simulate with them"
             )
     return run(config, folder, resume=True, progress=progress)
 
@@ -126,7 +127,7 @@ def _federations(config: RunConfig) -> dict[str, RunConfig]:
     if "shared" in sources:
         federations["shared"] = config.model_copy(
             update={
-                "pool": config.pool.model_copy(update={"rank": config.gate.budget}),
+                "pool": config.pool.model_copy(update={"rank": config.gate.budget, "start": "fresh"}),
                 "gate": config.gate.model_copy(update={"policy": "all"}),
                 "strategy": config.strategy.model_copy(update={"name": "fedavg", "options": {}}),
             }
@@ -210,4 +211,5 @@ def _record(
         record["base_bits_per_char"] = float(evaluation.results[0].loss_u.mean())
         record["methods"] = method_table(evaluation)
         record["comparisons"] = comparisons(evaluation)
+        record["masks"] = mask_quality(evaluation, population)
     return record

@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
 
 from client.round import LocalRule
 from client.state import RecordLayout
 from federation.base import BaseModel
 from federation.config import CodecConfig, RunConfig
+from federation.data.population import Population
+from federation.errors import ConfigError
 from federation.formats import RowFormat
 from federation.gate import GateSpec
 from federation.pool.model import PooledModel
 from federation.state import gate_spec, initial_values, schema_of
-from federation.streams import Streams
-from federation.update import Schema
+from federation.streams import Streams, UserIds
+from federation.update import Schema, Values
 from server.round import Rules, ServerState, begin, rules_of
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """A population whose best rows and masks are known."""
+
+    def teacher_values(self) -> dict[str, Tensor]:
+        """The rows of a pool that every user's best mask picks from."""
+        ...
+
+    def best_mask(self, user_ids: UserIds) -> Tensor:
+        """(U, G) bool: the best mask of each user."""
+        ...
+
+    def state_best_mask(self, user_ids: UserIds) -> Tensor:
+        """(U, G) bool: the best guess from what a user's type says."""
+        ...
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A federation's fixed parts."""
+    """A federation's fixed parts. first_pool: rows to start from, instead of fresh ones."""
 
     config: RunConfig
     model: PooledModel
+    first_pool: Values = field(default_factory=dict)
 
     @cached_property
     def gate(self) -> GateSpec:
@@ -57,7 +80,7 @@ class Setup:
     def begin(self) -> ServerState:
         """The state before the first round."""
         values = initial_values(self.model.spec, self.gate, self.schema, self.streams.at("initial"))
-        return begin(self.rules, values)
+        return begin(self.rules, {**values, **self.first_pool})
 
 
 def wrap(config: RunConfig, base: BaseModel) -> PooledModel:
@@ -65,9 +88,20 @@ def wrap(config: RunConfig, base: BaseModel) -> PooledModel:
     return PooledModel.around(base, config.pool.rank, config.pool.scale, config.pool.target_modules)
 
 
-def set_up(config: RunConfig, model: PooledModel) -> Setup:
+def set_up(config: RunConfig, model: PooledModel, first_pool: Values | None = None) -> Setup:
     """The fixed parts of a federation. One wrapped model serves federations with pools of several ranks."""
-    return Setup(config, model.of_rank(config.pool.rank))
+    return Setup(config, model.of_rank(config.pool.rank), first_pool or {})
+
+
+def first_pool(config: RunConfig, population: Population) -> Values:
+    """The rows that `pool.start` asks for, none for fresh ones. Raises ConfigError without a teacher to take from."""
+    if config.pool.start == "fresh":
+        return {}
+    if not isinstance(population, Teacher):
+        raise ConfigError(
+            f"pool.start = 'teacher' needs a population with known best rows, {population.name!r} has none; leave it out"
+        )
+    return population.teacher_values()
 
 
 def row_format(config: CodecConfig) -> RowFormat:

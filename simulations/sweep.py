@@ -27,7 +27,10 @@ SWEEP_NAME = "sweep.json"
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep. variant: the experiment and its place in the grid, as in `code-gate.budget=4`."""
+    """One run of a sweep.
+
+    variant: the experiment and its place in the grid, as in `code-gate.budget=4`. Both are fit for file names.
+    """
 
     experiment: str
     variant: str
@@ -39,9 +42,7 @@ class Trial:
         return f"{self.variant}-seed{self.config.seed}"
 
 
-def plan(
-    experiments: Sequence[Path], seeds: int, overrides: Sequence[str], grid: Sequence[str]
-) -> list[Trial]:
+def plan(experiments: Sequence[Path], seeds: int, overrides: Sequence[str], grid: Sequence[str]) -> list[Trial]:
     """Every experiment at every point of the grid with the seeds 0..seeds - 1, in this order.
 
     overrides: `key=value`, for all trials. grid: `key=v1,v2`; several such axes make every combination.
@@ -56,10 +57,10 @@ def plan(
     for path, point in product(experiments, product(*axes)):
         for seed in range(seeds):
             config = load_config(path, [*overrides, *point, f"seed={seed}"])
-            variant = re.sub(r"[^\w.=+-]+", "_", "-".join((config.name, *point)))
+            variant = _file_name("-".join((config.name, *point)))
             if not config.evaluate.methods:
                 raise ConfigError(f"a sweep compares methods, {variant!r} has none; set evaluate.methods")
-            trials.append(Trial(config.name, variant, config))
+            trials.append(Trial(_file_name(config.name), variant, config))
     names = [trial.name for trial in trials]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"each run of a sweep has its own name, {twice} come twice; rename experiments")
@@ -77,7 +78,7 @@ def is_finished(trial: Trial, out: Path) -> bool:
     folder = out / trial.name
     if not ((folder / RECORD_NAME).exists() and (folder / USERS_NAME).exists()):
         return False
-    if _measured(read_record(folder)["config"]) != _measured(trial.config.model_dump(mode="json")):
+    if _deciding(read_record(folder)["config"]) != _deciding(trial.config.model_dump(mode="json")):
         raise RunError(f"{folder} holds a run of another configuration; give another --out, or remove it")
     return True
 
@@ -93,9 +94,7 @@ def by_variant(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
 def results(trials: Sequence[Trial], out: Path) -> list[MeasuredRun]:
     """What finished trials measured."""
     folders = [out / trial.name for trial in trials]
-    return [
-        MeasuredRun(read_record(folder), json.loads((folder / USERS_NAME).read_text())) for folder in folders
-    ]
+    return [MeasuredRun(read_record(folder), json.loads((folder / USERS_NAME).read_text())) for folder in folders]
 
 
 def over_seeds(trials: Sequence[Trial], out: Path) -> Setting:
@@ -123,9 +122,7 @@ def summarise(trials: Sequence[Trial], out: Path) -> dict[str, Any]:
 def _summary(trials: Sequence[Trial], out: Path) -> dict[str, Any]:
     runs, setting = results(trials, out), over_seeds(trials, out)
     groups_u = np.asarray(runs[0].users["groups"], dtype=np.int64)
-    losses = {
-        name: np.mean([run.users["loss"][name] for run in runs], axis=0) for name in runs[0].users["loss"]
-    }
+    losses = {name: np.mean([run.users["loss"][name] for run in runs], axis=0) for name in runs[0].users["loss"]}
     return {
         "runs": [trial.name for trial in trials],
         "seeds": list(setting.seeds),
@@ -144,7 +141,11 @@ def _axis(text: str) -> list[str]:
     return [f"{key.strip()}={value.strip()}" for value in re.split(r",(?![^\[]*\])", values)]
 
 
-def _measured(config: Mapping[str, Any]) -> dict[str, Any]:
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "_", text)
+
+
+def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a record: all of a configuration but who works, and how often it is saved."""
     federation = {k: v for k, v in config["federation"].items() if k not in ("workers", "checkpoint_every")}
     return {**config, "federation": federation}

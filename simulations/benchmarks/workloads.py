@@ -121,7 +121,7 @@ WORKLOADS = {
             draw=classes,
             local=LocalConfig(steps=5, learning_rate=0.05, examples=16),
             users=1024,
-            block=128,
+            block=256,
         ),
         Workload(
             name="w2",
@@ -129,7 +129,7 @@ WORKLOADS = {
             draw=tokens,
             local=LocalConfig(steps=2, learning_rate=0.05, examples=4),
             users=48,
-            block=8,
+            block=4,
         ),
     )
 }

@@ -39,9 +39,7 @@ def lookalikes():
         return {"a": nn.ModuleDict({"b": nn.Linear(5, 5)}), "aXb": nn.Linear(5, 5)}
 
     module = Lookalikes(level() | {"deep": nn.ModuleDict(level())})
-    return BaseModel(
-        frozen(module), lambda m, x, y: m(x).mean(1), lambda m, x: x, 5, ("b", "aXb"), "lookalikes"
-    )
+    return BaseModel(frozen(module), lambda m, x, y: m(x).mean(1), lambda m, x: x, 5, ("b", "aXb"), "lookalikes")
 
 
 def user_rows(model, ranks, seed=3):
@@ -81,9 +79,7 @@ def test_stock_peft_computes_what_the_bound_rows_do(make, ranks, layout, tmp_pat
         loaded = PeftModel.from_pretrained(fresh.module, tmp_path / "adapter")
     torch.testing.assert_close(outputs(loaded, fresh), expected, rtol=0, atol=1e-5)
     assert (expected - unadapted).abs().max() > 1e-2
-    adapted = {
-        n.removeprefix("base_model.model.") for n, m in loaded.named_modules() if isinstance(m, LoraLayer)
-    }
+    adapted = {n.removeprefix("base_model.model.") for n, m in loaded.named_modules() if isinstance(m, LoraLayer)}
     active = {m.name for m in model.spec.modules if layout == "universal" or len(rows[m.section])}
     assert adapted == active
     merged = loaded.merge_and_unload()

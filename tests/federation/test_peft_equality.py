@@ -28,9 +28,7 @@ class Writers:
 
     def batch(self, user_ids, part, size, streams):
         shape = (len(user_ids), size or 8, models.WINDOW + 1)
-        tokens = torch.from_numpy(
-            streams.integers(part, user_ids, models.VOCABULARY, shape[1] * shape[2])
-        ).view(shape)
+        tokens = torch.from_numpy(streams.integers(part, user_ids, models.VOCABULARY, shape[1] * shape[2])).view(shape)
         return Batch(tokens[..., :-1], tokens[..., 1:], torch.ones(shape[:2]))
 
 

@@ -38,9 +38,7 @@ def folder(tmp_path_factory):
 def test_a_user_is_served_as_in_the_evaluation(folder):
     table = json.loads((folder / "evaluation.json").read_text())
     population = make_population(parse(RunConfig, SETTINGS).population)
-    for user_id, recorded, untuned in zip(
-        table["ids"], table["loss"]["dsa_t2"], table["loss"]["dsa_t0"], strict=True
-    ):
+    for user_id, recorded, untuned in zip(table["ids"], table["loss"]["dsa_t2"], table["loss"]["dsa_t0"], strict=True):
         model, rows = personal_rows(folder, user_id)
         assert {len(row) for row in rows.values()} == {3}
         test = population.batch(np.array([user_id]), "test", None, Streams(0))

@@ -1,0 +1,118 @@
+"""Sweeps: which trials there are, that finished ones stay, and what the summary says of them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from federation.errors import ConfigError
+from simulations.cli import app
+from simulations.sweep import plan
+
+TINY = Path(__file__).parent / "tiny.toml"
+
+
+def sweep(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["sweep", *[str(argument) for argument in arguments]])
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sweep")
+    result = sweep(TINY, "--seeds", 2, "--out", out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_a_grid_makes_every_combination_with_every_seed() -> None:
+    trials = plan([TINY], 2, ["local.steps=1"], ["gate.budget=1,2", "evaluate.steps=[2],[3, 4]"])
+    points = [(t.config.gate.budget, t.config.evaluate.steps, t.config.seed) for t in trials]
+    assert points == [(k, steps, seed) for k in (1, 2) for steps in ((2,), (3, 4)) for seed in (0, 1)]
+    assert {trial.config.local.steps for trial in trials} == {1}
+    assert trials[0].name == "tiny-gate.budget=1-evaluate.steps=_2_-seed0"
+    assert len({trial.name for trial in trials}) == len(trials)
+
+
+def test_bare_words_of_a_grid_are_text() -> None:
+    trials = plan([TINY], 1, [], ["gate.policy=saliency,random"])
+    assert [trial.config.gate.policy for trial in trials] == ["saliency", "random"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "grid", "rule"),
+    [
+        (["seed=3"], [], "sets the seed of each run itself"),
+        ([], ["seed=3,4"], "sets the seed of each run itself"),
+        ([], ["gate.budget"], "an axis of the grid is key=v1,v2"),
+        ([], ["gate.budgte=1,2"], "did you mean 'budget'"),
+        ([], ["gate.budget=2,99"], "cannot exceed pool.rank"),
+        ([], ["gate.budget=2,2"], "has its own name"),
+        (["evaluate.methods=[]"], [], "set evaluate.methods"),
+    ],
+)
+def test_a_sweep_that_cannot_work_is_refused_before_it_begins(overrides: list[str], grid: list[str], rule: str) -> None:
+    with pytest.raises(ConfigError, match=rule):
+        plan([TINY], 2, overrides, grid)
+
+
+def test_a_folder_gives_all_its_experiments(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.toml").write_text(TINY.read_text().replace('"tiny"', f'"{name}"'))
+    out = tmp_path / "out"
+    quick = ["--seeds", 1, "--set", "federation.rounds=1", "--set", "evaluate.methods=['dsa_t0']"]
+    result = sweep(tmp_path, *quick, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert [name for name in ("a-seed0", "b-seed0") if (out / name / "record.json").exists()] == [
+        "a-seed0",
+        "b-seed0",
+    ]
+    assert json.loads((out / "sweep.json").read_text())["experiments"] == ["a", "b"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "has none" in sweep(empty).stderr
+
+
+def test_the_summary_is_what_the_runs_say(swept: Path) -> None:
+    """Against each run's own record and evaluation; every user is a group here, so errors have a closed form."""
+    summary = json.loads((swept / "sweep.json").read_text())["variants"]["tiny"]
+    runs = [swept / name for name in summary["runs"]]
+    assert [run.name for run in runs] == ["tiny-seed0", "tiny-seed1"]
+    records = [json.loads((run / "record.json").read_text()) for run in runs]
+    for name, method in summary["methods"].items():
+        seeds = [record["methods"][name]["mean"] for record in records]
+        assert method["seed_gains"] == pytest.approx(seeds, abs=1e-5)
+        assert method["gain"]["mean"] == pytest.approx(np.mean(seeds), abs=1e-5)
+        assert method["gain"]["low"] < method["gain"]["mean"] < method["gain"]["high"]
+    losses = [json.loads((run / "evaluation.json").read_text())["loss"] for run in runs]
+    pairs = {(entry["a"], entry["b"]): entry for entry in summary["comparisons"]}
+    assert set(pairs) == {("base", "dense_lora"), ("base", "dsa_t2"), ("dense_lora", "dsa_t2")}
+    for (a, b), entry in pairs.items():
+        difference_u = np.mean([np.subtract(loss[b], loss[a]) for loss in losses], axis=0)
+        assert entry["difference"] == pytest.approx(difference_u.mean())
+        assert entry["se"] == pytest.approx(difference_u.std(ddof=1) / np.sqrt(len(difference_u)))
+        assert entry["low"] < entry["difference"] < entry["high"]
+
+
+def test_seeds_are_different_federations(swept: Path) -> None:
+    records = [json.loads((swept / f"tiny-seed{seed}" / "record.json").read_text()) for seed in (0, 1)]
+    assert [record["seed"] for record in records] == [0, 1]
+    assert records[0]["checksum"] != records[1]["checksum"]
+
+
+def test_finished_runs_stay_and_a_missing_one_is_made_again(swept: Path) -> None:
+    first, second = swept / "tiny-seed0" / "record.json", swept / "tiny-seed1" / "record.json"
+    kept, checksum = first.read_bytes(), json.loads(second.read_text())["checksum"]
+    second.unlink()
+    result = sweep(TINY, "--seeds", 2, "--out", swept)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("finished before") == 1
+    assert first.read_bytes() == kept
+    assert json.loads(second.read_text())["checksum"] == checksum
+
+
+def test_a_folder_with_another_configuration_is_not_taken_for_finished(swept: Path) -> None:
+    result = sweep(TINY, "--seeds", 2, "--set", "local.learning_rate=0.01", "--out", swept)
+    assert result.exit_code == 2
+    assert "a run of another configuration" in result.stderr
