@@ -1,0 +1,1 @@
+"""Simulation: workers, the run, evaluation, reports, the command line."""

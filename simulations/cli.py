@@ -6,6 +6,7 @@ Heavy modules are imported inside the commands, so that help and mistyped argume
 from __future__ import annotations
 
 import json
+import os
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from federation.errors import ConfigError, FedquiltError
+from federation.house import check_house
 from federation.plugins import suggest
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
@@ -71,6 +73,7 @@ def fedquilt(
 
     Start with "fedquilt simulate", then open the report that it names.
     """
+    check_house()
 
 
 @app.command()
@@ -336,6 +339,7 @@ def _say_where(console: Console, what: str, path: Path) -> None:
 
 def main() -> None:
     """The console script."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars would tear ours apart
     app()
 
 

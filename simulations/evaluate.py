@@ -143,7 +143,8 @@ def _serve(
 
 
 def _mean_loss(served: Sequence[Served]) -> float:
-    return float(np.concatenate([s.loss_u for s in served]).mean())
+    """Infinite for a plan that diverged: a NaN would compare as the best."""
+    return float(np.nan_to_num(np.concatenate([s.loss_u for s in served]), nan=np.inf, posinf=np.inf).mean())
 
 
 def _result(plan: Plan, served: Sequence[Served], trial: Sequence[Served]) -> MethodResult:
@@ -158,6 +159,6 @@ def _result(plan: Plan, served: Sequence[Served], trial: Sequence[Served]) -> Me
         steps=plan.steps,
         loss_u=np.concatenate(loss),
         bytes_u=np.concatenate([s.bytes_u for s in served]).astype(np.float64),
-        active_share=served[0].active_share,
+        active_share=sum(s.active_share * len(s.loss_u) for s in served) / users,
         seconds_per_user=sum(s.seconds for s in served) / users,
     )

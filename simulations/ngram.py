@@ -63,9 +63,7 @@ class NgramCache:
         Raises ValueError when a key would not fit 63 bits.
         """
         if vocabulary**order >= 2**63:
-            raise ValueError(
-                f"{order}-grams over {vocabulary} tokens do not fit 63 bits; use a smaller order"
-            )
+            raise ValueError(f"{order}-grams over {vocabulary} tokens do not fit 63 bits; use a smaller order")
         text = np.asarray(tokens, dtype=np.int64)
         contexts, grams = [], []
         context_keys = np.zeros(len(text), dtype=np.int64)  # of the l tokens before each position
@@ -145,8 +143,6 @@ def fit_weights(
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         weight = middle[length]
-        slope = np.bincount(
-            length, (cache - model) / ((1 - weight) * model + weight * cache), minlength=order
-        )
+        slope = np.bincount(length, (cache - model) / ((1 - weight) * model + weight * cache), minlength=order)
         low, high = np.where(slope > 0, middle, low), np.where(slope > 0, high, middle)
     return np.where(np.bincount(length, minlength=order) > 0, low, 0.0)

@@ -54,6 +54,7 @@ summary { cursor: pointer; font-weight: 600; }
 pre { overflow-x: auto; padding: 1rem; }
 .main-svg text { fill: var(--ink) !important; }
 .main-svg .hoverlayer text { fill: inherit !important; }
+@media (max-width: 40rem) { .main-svg .textpoint { display: none; } }
 @media print { figure { break-inside: avoid; } }
 """
 

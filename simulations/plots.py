@@ -27,7 +27,7 @@ DSA, DENSE, SHARED, MASKS, CACHE = (
 )
 COLOURS = {DSA: "#0072b2", DENSE: "#d55e00", SHARED: "#009e73", MASKS: "#cc79a7", CACHE: "#e69f00"}
 SYMBOLS = {DSA: "circle", DENSE: "square", SHARED: "diamond", MASKS: "x", CACHE: "star"}
-_LABELS = {DSA: "top left", DENSE: "bottom left", SHARED: "top left", MASKS: "top left", CACHE: "top left"}
+_LABELS = {DSA: "top left", DENSE: "bottom center", SHARED: "top left", MASKS: "top left", CACHE: "top left"}
 _ORDERED = tuple(COLOURS.values())
 _GREY = "#888888"
 _MOST_DOTS = 400
@@ -74,7 +74,7 @@ def quality_against_bytes(points: Sequence[Point], unit: str) -> go.Figure:
     for point in points:
         if not point.bytes_per_user:
             line = {"color": COLOURS[family(point.name)], "width": 1.5, "dash": "dot"}
-            label = {"text": f"{point.name}: keeps nothing", "xanchor": "right", "font": {"size": 11}}
+            label = {"text": f"{point.name}: no bytes kept", "xanchor": "right", "font": {"size": 11}}
             figure.add_hline(point.gain.mean, line=line, annotation=label)
     figure.update_xaxes(type="log", title="bytes kept for each user", dtick=1, tickformat=",")
     figure.update_yaxes(title=f"{unit} saved", zeroline=True)
@@ -186,10 +186,11 @@ def _family_trace(kind: str, points: Sequence[Point]) -> go.Scatter:
     return go.Scatter(
         x=[point.bytes_per_user for point in points], y=[point.gain.mean for point in points], name=kind,
         mode="markers" if kind == MASKS else "lines+markers+text",
-        text=[point.name for point in points], textposition=_LABELS[kind], textfont={"size": 11},
+        text=["" if "@" in point.name else point.name for point in points],  # with formats too, names would overlap
+        hovertext=[point.name for point in points], textposition=_LABELS[kind], textfont={"size": 11},
         line={"color": COLOURS[kind], "width": 2}, marker={"size": 11, "symbol": SYMBOLS[kind]},
         error_y=_error_bars([point.gain for point in points]), cliponaxis=False,
-        hovertemplate="%{text}<br>%{x:,.0f} bytes, %{y:.3f} saved<extra></extra>",
+        hovertemplate="%{hovertext}<br>%{x:,.0f} bytes, %{y:.3f} saved<extra></extra>",
     )  # fmt: skip
 
 
@@ -209,14 +210,11 @@ def _two_errors(mean: float, se: float) -> Interval:
 
 
 def _smoothed(values_t: Floats) -> Floats:
-    """Exponential mean over about a tenth of the rounds, without the pull of a start at zero."""
-    keep = 1 - 1 / max(1.0, len(values_t) / 10)
-    sums_t, weights_t = np.zeros_like(values_t), np.zeros_like(values_t)
-    total = weight = 0.0
-    for t, value in enumerate(values_t):
-        total, weight = keep * total + value, keep * weight + 1
-        sums_t[t], weights_t[t] = total, weight
-    return sums_t / weights_t
+    """Mean over the rounds up to a twentieth of all rounds before and after, fewer at the ends."""
+    half, rounds = len(values_t) // 20, np.arange(len(values_t))
+    sums = np.concatenate(([0.0], np.cumsum(values_t)))
+    first, end = np.maximum(rounds - half, 0), np.minimum(rounds + half + 1, len(values_t))
+    return np.asarray((sums[end] - sums[first]) / (end - first))
 
 
 def _styled(figure: go.Figure, height: int, top: int = 12) -> go.Figure:
@@ -224,7 +222,7 @@ def _styled(figure: go.Figure, height: int, top: int = 12) -> go.Figure:
     figure.update_layout(
         template="none",
         height=height,
-        margin={"l": 60, "r": 16, "t": top, "b": 52},
+        margin={"l": 60, "r": 28, "t": top, "b": 52},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13},

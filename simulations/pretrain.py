@@ -154,9 +154,7 @@ def split_held_out(documents: Sequence[Document]) -> tuple[list[Document], list[
     """Documents to train on, and those of every `HELD_OUT`-th project in hash order, the first included."""
     projects = sorted({document.project for document in documents}, key=name_order)
     if len(projects) < 2:
-        raise PopulationError(
-            f"pre-training holds a project out, so it needs at least 2, got {len(projects)}"
-        )
+        raise PopulationError(f"pre-training holds a project out, so it needs at least 2, got {len(projects)}")
     held_out = set(projects[::HELD_OUT])
     return (
         [document for document in documents if document.project not in held_out],
@@ -266,9 +264,7 @@ def learning_rate_factor(step: int, config: PretrainConfig) -> float:
 
 
 @torch.no_grad()
-def bits_per_char(
-    model: nn.Module, documents: Sequence[Document], tokenizer: BytePairs, context: int
-) -> float:
+def bits_per_char(model: nn.Module, documents: Sequence[Document], tokenizer: BytePairs, context: int) -> float:
     """Mean bits per character of the documents, in windows of `context` tokens that do not overlap.
 
     What does not fill a document's last window is left out. Raises PopulationError when no document fills

@@ -68,8 +68,7 @@ def headline(record: Record) -> str:
         return f"A pool trained for {record.get('rounds', 'some')} rounds; no users were served with it"
     if SUBJECT not in methods:
         best = tables.best_of(tables.gains_of(record))
-        gain = f"{best} saves {methods[best]['mean']:.3f} {unit_of(record)}" if best else "only the base was measured"
-        return gain[0].upper() + gain[1:]
+        return f"{best} saves {methods[best]['mean']:.3f} {unit_of(record)}" if best else "Only the base was measured"
     subject, dense = methods[SUBJECT], methods.get(DENSE)
     kept = f"{subject['bytes_per_user']:,.0f} bytes for each user"
     if dense is None or dense["mean"] <= 0:

@@ -136,7 +136,7 @@ def explain(name: str) -> str:
     if base not in EXPLANATIONS or not written:
         return EXPLANATIONS.get(base, "")
     kind, _, share = written.partition(":")
-    return f"{base}, its difference in {kind}" + (f", the largest {float(share):.3g} of it" if share else "")
+    return f"{base}, written in {kind}" + (f", the largest {percent(float(share))}" if share else "")
 
 
 def unit_of(record: Record) -> str:
@@ -209,11 +209,12 @@ def html(table: Table) -> str:
 
 def with_error(mean: float, se: float) -> str:
     """`0.511 ± 0.034`; without the error where it is unknown (NaN)."""
-    return f"{mean:.3f}" if math.isnan(se) else f"{mean:.3f} ± {se:.3f}"
+    return bits(mean) if math.isnan(se) else f"{bits(mean)} ± {bits(se)}"
 
 
 def bits(value: float) -> str:
-    return f"{value:.3f}"
+    """Three decimals, and no -0.000."""
+    return f"{value:z.3f}"
 
 
 def percent(share: float) -> str:

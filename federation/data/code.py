@@ -126,11 +126,7 @@ def user_text(unit: Unit, bodies: Sequence[str], limits: CodeLimits) -> UserText
         text = "\n\n".join(bodies)
         first, second = int(0.7 * len(text)), int(0.85 * len(text))
         support, query, test = text[:first], text[first:second], text[second:]
-    if (
-        len(support) < limits.least_support
-        or len(query) < limits.least_query
-        or len(test) < limits.least_test
-    ):
+    if len(support) < limits.least_support or len(query) < limits.least_query or len(test) < limits.least_test:
         return None
     parts = thin(support, limits.support), thin(query, limits.query), thin(test, limits.test)
     return UserText(unit.project, unit.name, *parts)

@@ -129,9 +129,7 @@ def save_corpus(corpus: TextCorpus, folder: Path) -> None:
         index[group] = [[project, name, *map(len, parts)] for project, name, *parts in values]
         texts += [part for _, _, *parts in values for part in parts]
     with whole_folder(folder) as work:
-        np.save(
-            work / "text.npy", np.frombuffer("".join(texts).encode("ascii"), np.uint8), allow_pickle=False
-        )
+        np.save(work / "text.npy", np.frombuffer("".join(texts).encode("ascii"), np.uint8), allow_pickle=False)
         (work / "corpus.json").write_text(json.dumps(index))
 
 
@@ -161,11 +159,7 @@ def load_corpus(folder: Path) -> TextCorpus:
             versions=index["versions"],
         )
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise PopulationError(
-            f"{folder} does not hold a corpus ({error}); delete it, and it is built anew"
-        ) from error
+        raise PopulationError(f"{folder} does not hold a corpus ({error}); delete it, and it is built anew") from error
     if corpus.fingerprint != index["fingerprint"]:
-        raise PopulationError(
-            f"the corpus in {folder} is damaged (its checksum differs); delete it to build it anew"
-        )
+        raise PopulationError(f"the corpus in {folder} is damaged (its checksum differs); delete it to build it anew")
     return corpus

@@ -122,9 +122,7 @@ def environment_units(left_out: Counter[str]) -> list[Unit]:
 def _installed() -> list[Path]:
     folders = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
     entries = [entry for folder in folders if folder.is_dir() for entry in folder.iterdir()]
-    return sorted(
-        entry for entry in entries if entry.suffix == ".py" or (entry.is_dir() and not entry.suffix)
-    )
+    return sorted(entry for entry in entries if entry.suffix == ".py" or (entry.is_dir() and not entry.suffix))
 
 
 def folder_units(root: Path, left_out: Counter[str]) -> list[Unit]:
@@ -139,9 +137,7 @@ def folder_units(root: Path, left_out: Counter[str]) -> list[Unit]:
         if top.is_dir() and not top.name.startswith("."):
             units += _units(top.name, _source_files(top, SOURCE, left_out))
     if not units:
-        raise PopulationError(
-            f"each sub-folder of root is a project; none in {str(root)!r} holds source files"
-        )
+        raise PopulationError(f"each sub-folder of root is a project; none in {str(root)!r} holds source files")
     return units
 
 

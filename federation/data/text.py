@@ -78,9 +78,7 @@ class TextPopulation:
         try:
             return self._splits[split]
         except KeyError:
-            raise PopulationError(
-                f"the splits of population {self.name!r} are train and new, not {split!r}"
-            ) from None
+            raise PopulationError(f"the splits of population {self.name!r} are train and new, not {split!r}") from None
 
     def first_users(self, split: str, count: int) -> range:
         """`count` users of a split. Raises PopulationError when it has fewer."""

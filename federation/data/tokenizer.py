@@ -51,9 +51,7 @@ class BytePairs:
         try:
             return BytePairs(Tokenizer.from_str(path.read_text()))
         except Exception as error:  # the library raises bare Exceptions
-            raise PopulationError(
-                f"{path} is no tokenizer ({error}); delete its folder to train it anew"
-            ) from error
+            raise PopulationError(f"{path} is no tokenizer ({error}); delete its folder to train it anew") from error
 
     def save(self, path: Path) -> None:
         """Write one JSON file, which transformers reads too."""

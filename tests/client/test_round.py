@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,7 +66,8 @@ def case_of(make: MakeBase, gate: Mapping[str, Any], **local: Any) -> Case:
     widths = {"budget": BUDGET, "embedding": 3, "hidden": 5, "factors": 4, "samples": 3}
     defaults: dict[str, Any] = {"warmup": 0, "exploration": 0.3, "entropy": 0.01}
     config = GateConfig(**{**widths, **defaults, **gate})
-    rule = LocalRule(config, LocalConfig(**{"steps": 2, "examples": 3, "gain_examples": 4, "query_examples": 3, **local}))
+    sizes = {"steps": 2, "examples": 3, "gain_examples": 4, "query_examples": 3}
+    rule = LocalRule(config, LocalConfig(**{**sizes, **local}))
     model = PooledModel.around(make(), RANK, SCALE)
     spec = gate_spec(model, config)
     values = initial_values(model.spec, spec, schema_of(model.spec, spec, config), Streams(1))
@@ -167,13 +168,6 @@ def assert_relative(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     error, size = float((actual - expected).norm()), float(expected.norm())
     assert size > 0, "nothing was compared"
     assert error <= tolerance * size, f"relative error {error / size:.2e}"
-
-
-@pytest.fixture
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def sent(update: UpdateBlock, section: str, u: int) -> tuple[list[int], Tensor]:
@@ -334,7 +328,8 @@ def test_alternate_training_moves_one_factor_per_round() -> None:
 @pytest.mark.parametrize(("steps", "gain_examples", "wanted"), [(2, 4, 6), (1, 4, 4)])
 def test_a_round_draws_what_it_needs_and_draws_it_again_alike(steps: int, gain_examples: int, wanted: int) -> None:
     base = models.mlp()
-    population = InMemory(base, {"support": models.batch_for(base, 9, 30, 1), "query": models.batch_for(base, 9, 20, 2)})
+    support, query = models.batch_for(base, 9, 30, 1), models.batch_for(base, 9, 20, 2)
+    population = InMemory(base, {"support": support, "query": query})
     rule = case_of(models.mlp, {}, steps=steps, gain_examples=gain_examples).rule
     ids = np.array([1, 7, 4])
     data = round_data(population, ids, rule, STREAMS)

@@ -20,7 +20,8 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_a_file_gives_what_it_says_and_defaults_for_the_rest(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, '[gate]\nbudget = 3\n[population]\nname = "synthetic"\noptions = {rank = 4}\n'))
+    text = '[gate]\nbudget = 3\n[population]\nname = "synthetic"\noptions = {rank = 4}\n'
+    config = load_config(write(tmp_path, text))
     assert config.gate.budget == 3
     assert config.population.options == {"rank": 4}
     default = RunConfig()

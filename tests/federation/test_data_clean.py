@@ -67,9 +67,7 @@ def test_text_of_comments_alone_becomes_empty():
 
 
 def functions(*names):
-    return "".join(
-        f"def {name}_does_a_thing_of_its_own(argument):\n    return {name}(argument)\n" for name in names
-    )
+    return "".join(f"def {name}_does_a_thing_of_its_own(argument):\n    return {name}(argument)\n" for name in names)
 
 
 def test_a_near_copy_of_any_earlier_file_is_left_out_and_counted():

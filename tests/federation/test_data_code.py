@@ -66,10 +66,7 @@ def test_a_folder_that_is_too_large_is_split_into_loose_files_and_sub_folders(tm
     for name, size in sizes.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x" * size)
-    units = {
-        unit.name: [file.relative.as_posix() for file in unit.files]
-        for unit in folder_units(tmp_path, Counter())
-    }
+    units = {unit.name: [file.relative.as_posix() for file in unit.files] for unit in folder_units(tmp_path, Counter())}
     assert units == {
         "big/*": ["big/a.py", "big/b.py"],
         "big/x": ["big/x/c.py", "big/x/y/d.py"],

@@ -63,9 +63,7 @@ def test_drawn_windows_are_the_users_own_and_reach_both_ends(population):
     for row, u in enumerate((1, 3)):
         tokens = tokens_of(population, u, "support")
         possible = {tuple(tokens[start : start + WINDOW + 1]) for start in range(len(tokens) - WINDOW)}
-        drawn = {
-            (*x.tolist(), y[-1].item()) for x, y in zip(batch.inputs[row], batch.targets[row], strict=True)
-        }
+        drawn = {(*x.tolist(), y[-1].item()) for x, y in zip(batch.inputs[row], batch.targets[row], strict=True)}
         assert drawn == possible
     assert torch.equal(batch.inputs[..., 1:], batch.targets[..., :-1])
     assert batch.weight.eq(1).all()

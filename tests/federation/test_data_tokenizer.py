@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 from federation.data.tokenizer import ASCII, BytePairs
 from federation.errors import PopulationError
 
-PAIRS = BytePairs.learn(
-    ["    return self.value\n" * 9, "for value in values:\n        print(value)\n" * 9], size=150
-)
+PAIRS = BytePairs.learn(["    return self.value\n" * 9, "for value in values:\n        print(value)\n" * 9], size=150)
 
 
 @given(st.text(st.sampled_from(ASCII), max_size=60))

@@ -144,11 +144,11 @@ def acceptable(block: UpdateBlock, u: int) -> bool:
     """The rules, for one user, in plain Python."""
     for name, spec in SCHEMA.sections.items():
         section = block.sections[name]
-        sent = [(int(section.ids_uk[u, k]), section.rows_ukw[u, k].tolist()) for k in range(SLOTS) if section.valid_uk[u, k]]
-        ids = [i for i, _ in sent]
+        sent = [k for k in range(SLOTS) if section.valid_uk[u, k]]
+        ids = [int(section.ids_uk[u, k]) for k in sent]
         if len(ids) > spec.max_rows or len(set(ids)) < len(ids) or any(not 0 <= i < spec.rows for i in ids):
             return False
-        if not all(math.isfinite(value) for _, row in sent for value in row):
+        if not all(math.isfinite(value) for k in sent for value in section.rows_ukw[u, k].tolist()):
             return False
     weight = float(block.weight_u[u])
     return math.isfinite(weight) and weight >= 0 and all(math.isfinite(float(m[u])) for m in block.metrics.values())

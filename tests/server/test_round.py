@@ -54,7 +54,9 @@ def updates(users: int, seed: int) -> UpdateBlock:
     return UpdateBlock(sections, torch.ones(users), {}, 1, "v")
 
 
-def one_round(state: ServerState, rules: Rules, blocks: Sequence[UpdateBlock], frozen: Sequence[str] = ()) -> ServerState:
+def one_round(
+    state: ServerState, rules: Rules, blocks: Sequence[UpdateBlock], frozen: Sequence[str] = ()
+) -> ServerState:
     partials = [lift(block, state.strategy, rules)[0] for block in blocks]
     return close(state, reduce(rules.strategy.merge, partials), rules, frozen)
 

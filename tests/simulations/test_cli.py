@@ -1,6 +1,7 @@
 """The command line, end to end on a tiny synthetic population: words, exit codes, and what is left behind."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import simulations.run
 from simulations.cli import EXPERIMENTS, app, experiment_path
 
 TINY = Path(__file__).parent / "tiny.toml"
-INSTALLED = Path(__file__).parents[1] / "plugins" / "installed"
+REPOSITORY = Path(__file__).parents[2]
+INSTALLED = REPOSITORY / "tests" / "plugins" / "installed"
 
 
 def fedquilt(*arguments: object) -> Result:
@@ -101,6 +103,22 @@ def test_a_folder_that_cannot_be_written_is_one_line_too(tmp_path: Path) -> None
     assert result.exit_code == 2
     assert result.stderr.startswith("fedquilt: ")
     assert "Traceback" not in result.stderr
+
+
+def test_someone_elses_client_on_the_path_is_named(tmp_path: Path) -> None:
+    (tmp_path / "client.py").touch()
+    paths = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    done = subprocess.run(
+        [sys.executable, "-c", "from simulations.cli import main; main()", "plugins"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("fedquilt: the package 'client' must be fedquilt's")
+    assert str(tmp_path / "client.py") in done.stderr
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,40 +10,23 @@ import re
 import resource
 import signal
 import time
-from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import server.checkpoint
 from client.store import UserStore
 from federation.config import RunConfig
 from federation.errors import CheckpointError, FedquiltError, RunError, StoreError
 from server.checkpoint import checksum, rounds
-from simulations.federate import RoundReport, federate, last_checkpoint, read_history
+from simulations.federate import HISTORY_NAME, RoundReport, federate, last_checkpoint, read_history
 from simulations.run import MAIN, run
 from simulations.workers import RayWorkers
-from tests.simulations.tiny import Interrupt, interrupt_at, simulate, tiny_config, tiny_setup
+from tests.simulations.tiny import Interrupt, interrupt_at, one_thread, simulate, tiny_config, tiny_setup
 
-LONG = ("federation.rounds=14",)
 PATIENCE_SECONDS = 120
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in a worker: equal bits are promised for one thread per process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return simulate(tiny_config(), tmp_path_factory.mktemp("undisturbed"))
 
 
 # -------------------------------------------------------------------------------- killed
@@ -51,11 +34,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run_or_resume(config: RunConfig, folder: Path, file_bytes: int | None) -> None:
     """What a child process does; a clear error is written to `error`. file_bytes: no file may grow beyond it."""
-    torch.set_num_threads(1)
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     try:
-        run(config, folder, resume=True)
+        with one_thread():
+            run(config, folder, resume=True)
     except FedquiltError as error:
         (folder / "error").write_text(f"{type(error).__name__}: {error}")
 
@@ -87,7 +70,7 @@ def wait_for_round(child: BaseProcess, folder: Path, round_index: int) -> None:
 
 
 def test_killed_at_three_random_moments_and_resumed_it_ends_with_the_same_checksum(tmp_path: Path) -> None:
-    config, folder, chance = tiny_config(*LONG), tmp_path / "killed", random.Random(0)
+    config, folder, chance = tiny_config("federation.rounds=14"), tmp_path / "killed", random.Random(0)
     for round_index in sorted(chance.sample(range(1, 11), 3)):
         child = start(config, folder)
         wait_for_round(child, folder, round_index)
@@ -97,7 +80,7 @@ def test_killed_at_three_random_moments_and_resumed_it_ends_with_the_same_checks
         assert child.exitcode == -signal.SIGKILL
     assert finish(start(config, folder)) == 0
     assert checksum(last_checkpoint(folder / MAIN)) == simulate(config, tmp_path / "undisturbed")
-    assert [line["round_index"] for line in read_history(folder / MAIN)] == list(range(1, 15))
+    assert [line["round_index"] for line in read_history(folder / MAIN)] == [*range(1, 15)]
 
 
 STEPS: dict[str, tuple[Any, str]] = {
@@ -229,23 +212,22 @@ def test_a_disk_that_fills_up_is_said_and_resume_goes_on(
     assert simulate(tiny_config(), tmp_path, resume=True) == undisturbed
 
 
-def test_a_disk_that_fills_up_at_a_line_of_the_history_is_said_and_resume_goes_on(
+def test_a_disk_that_fills_up_in_a_line_of_the_history_is_said_and_resume_goes_on(
     undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of the line is written."""
-
-    def fill_up(report: RoundReport) -> None:
-        if report.round_index == 3:
-            (tmp_path / "rounds.jsonl").open("a").write('{"round_index": 4, "us')
-            monkeypatch.setattr(Path, "open", refuse)
-
     def refuse(path: Path, *_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    with monkeypatch.context() as patch, pytest.raises(RunError, match=r"rounds\.jsonl .*No space left.*free space"):
-        simulate(tiny_config(), tmp_path, on_round=fill_up)
-        patch.undo()
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+
+        def fill_up(report: RoundReport) -> None:
+            if report.round_index == 3:
+                patch.setattr(Path, "open", refuse)
+
+        with pytest.raises(RunError, match=r"rounds\.jsonl .*No space left.*free space"):
+            simulate(tiny_config(), tmp_path, on_round=fill_up)
+    with (tmp_path / HISTORY_NAME).open("a") as history:
+        history.write('{"round_index": 4, "us')
     assert simulate(tiny_config(), tmp_path, resume=True) == undisturbed
     assert [line["round_index"] for line in read_history(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
@@ -260,5 +242,5 @@ def test_files_that_may_not_grow_end_the_run_with_words_and_resume_goes_on(
     folder.mkdir()
     assert finish(start(tiny_config(), folder, file_bytes)) == 0
     assert re.match(words, (folder / "error").read_text())
-    print("ROUNDS", len(read_history(folder / MAIN)))
-    assert run(tiny_config(), folder, resume=True).record["checksum"] == undisturbed
+    with one_thread():
+        assert run(tiny_config(), folder, resume=True).record["checksum"] == undisturbed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,21 +32,6 @@ from simulations.record import read_record
 from simulations.run import run
 from simulations.workers import RayWorkers
 from tests.simulations.tiny import Interrupt, interrupt_at, simulate, tiny_config, tiny_setup
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return simulate(tiny_config(), tmp_path_factory.mktemp("undisturbed"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in a worker: equal bits are promised for one thread per process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 # -------------------------------------------------------------------------------- who works
 
@@ -253,9 +237,7 @@ def test_too_few_users_are_refused_with_what_to_change(tmp_path: Path) -> None:
         ("pool.target_modules=['fc9']", FedquiltError, r"\['fc9'\] match no linear layer .*'fc1', 'fc2'"),
     ],
 )
-def test_an_unknown_name_tells_the_nearest(
-    tmp_path: Path, override: str, kind: type[Exception], message: str
-) -> None:
+def test_an_unknown_name_tells_the_nearest(tmp_path: Path, override: str, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         simulate(tiny_config(override), tmp_path)
 

@@ -11,9 +11,7 @@ from simulations.ngram import NgramCache, cache_probabilities, fit_weights, mix
 
 texts = st.lists(st.integers(0, 2), max_size=30)
 windows = st.integers(1, 6).flatmap(
-    lambda width: st.lists(
-        st.lists(st.integers(0, 2), min_size=width + 1, max_size=width + 1), min_size=1, max_size=3
-    )
+    lambda width: st.lists(st.lists(st.integers(0, 2), min_size=width + 1, max_size=width + 1), min_size=1, max_size=3)
 )
 
 
@@ -82,7 +80,5 @@ def test_a_cache_that_is_always_worse_gets_no_weight_and_one_that_is_always_bett
 
 
 def test_mixing_interpolates_probabilities_and_leaves_the_model_alone_where_nothing_matched():
-    mixed = mix(
-        np.log([0.5, 0.5, 0.5]), np.array([0.9, 0.0, 0.0]), np.array([2, 1, -1]), np.array([0.0, 0.2, 0.5])
-    )
+    mixed = mix(np.log([0.5, 0.5, 0.5]), np.array([0.9, 0.0, 0.0]), np.array([2, 1, -1]), np.array([0.0, 0.2, 0.5]))
     np.testing.assert_allclose(mixed, [math.log(0.7), math.log(0.4), math.log(0.5)])

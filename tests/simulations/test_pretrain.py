@@ -43,9 +43,7 @@ CONFIG = PretrainConfig(
     warmup=5,
     replicas=2,
 )
-DOCUMENTS = tuple(
-    Document(f"p{p}", f"p{p}/{d}", "the cat sat on the mat\n" * 20) for p in range(4) for d in range(2)
-)
+DOCUMENTS = tuple(Document(f"p{p}", f"p{p}/{d}", "the cat sat on the mat\n" * 20) for p in range(4) for d in range(2))
 
 
 @pytest.fixture(scope="module")
@@ -113,16 +111,12 @@ def test_a_damaged_cache_is_said_and_the_same_base_trained_anew(cache, tmp_path,
         path.write_text("{")
     with caplog.at_level(logging.WARNING):
         assert (
-            pretrain(
-                DOCUMENTS, CONFIG, tmp_path, progress=lambda step, total, loss: steps.append((step, total))
-            )
+            pretrain(DOCUMENTS, CONFIG, tmp_path, progress=lambda step, total, loss: steps.append((step, total)))
             == folder
         )
     assert "damaged" in caplog.text
     assert steps[-1] == (CONFIG.steps, CONFIG.steps)
-    first, again = (
-        json.loads((base / "pretraining.json").read_text())["sha256"] for base in (cache[1], folder)
-    )
+    first, again = (json.loads((base / "pretraining.json").read_text())["sha256"] for base in (cache[1], folder))
     assert first == again
 
 
@@ -150,9 +144,7 @@ def test_gradients_collected_from_replicas_are_those_of_the_whole_batch():
     windows = torch.randint(140, (8, 17), generator=torch.Generator().manual_seed(0))
     whole = copy.deepcopy(model)
     loss = backward(whole, windows, 1 / 128)
-    parts = [
-        backward(replica, part, 1 / 128) for replica, part in zip(replicas, windows.chunk(2), strict=True)
-    ]
+    parts = [backward(replica, part, 1 / 128) for replica, part in zip(replicas, windows.chunk(2), strict=True)]
     collect_gradients(replicas)
     assert sum(parts) == pytest.approx(loss, rel=1e-3)
     for expected, p in zip(whole.parameters(), model.parameters(), strict=True):
@@ -188,9 +180,7 @@ def test_a_user_who_owns_a_held_out_document_has_the_bits_per_char_of_the_report
     (document, twin) = split_held_out(DOCUMENTS)[1]
     assert document.text == twin.text
     user = UserText("p", "p/a", support=document.text, query=document.text, test=document.text)
-    population = pretrained_population(
-        TextCorpus("cats", DOCUMENTS, (), (user,)), CONFIG, window=CONFIG.context
-    )
+    population = pretrained_population(TextCorpus("cats", DOCUMENTS, (), (user,)), CONFIG, window=CONFIG.context)
     base = population.base_model()
     inputs, targets = population.batch(np.array([0]), "test", None, Streams(0)).flat()
     with torch.no_grad():
