@@ -59,9 +59,7 @@ class UserBlock:
     def take(self, positions: slice | npt.NDArray[np.int64]) -> UserBlock:
         """Some of the users."""
         index = positions if isinstance(positions, slice) else torch.from_numpy(positions)
-        return UserBlock(
-            self.ids[positions], self.embedding_ue[index], self.mask_ub[index], self.visits_u[index]
-        )
+        return UserBlock(self.ids[positions], self.embedding_ue[index], self.mask_ub[index], self.visits_u[index])
 
 
 def join(blocks: Sequence[UserBlock]) -> UserBlock:
@@ -189,9 +187,7 @@ class RecordLayout:
                     "was the block made for another gate or pool?"
                 )
         if not 0 <= round_index <= MAX_ROUND:
-            raise StoreError(
-                f"a record's round must lie in 0..{MAX_ROUND}, got {round_index}; count rounds from 0"
-            )
+            raise StoreError(f"a record's round must lie in 0..{MAX_ROUND}, got {round_index}; count rounds from 0")
 
 
 def _refusal(user: int, place: str, rule: str) -> StoreError:

@@ -127,9 +127,7 @@ class UserStore:
         unique, times = np.unique(block.ids, return_counts=True)
         if len(unique) != len(block):
             user, rows = unique[times.argmax()], times.max()
-            raise StoreError(
-                f"a block names a user once, got {rows} rows of user {user}; was it drawn twice?"
-            )
+            raise StoreError(f"a block names a user once, got {rows} rows of user {user}; was it drawn twice?")
         order, groups = self._by_shard(block.ids)
         pairs = iter(self.layout.encode(block.take(order), round_index))
         for shard, ids in groups:
@@ -300,15 +298,11 @@ def _claim(folder: Path, shards: int, layout: RecordLayout) -> None:
         holds_shards = any(folder.glob("shard-*"))  # asked first: other processes may be creating the store
         if not path.exists():
             if holds_shards:
-                raise StoreError(
-                    f"{folder} holds shards but no {MANIFEST_NAME}; restore it, or use another folder"
-                )
+                raise StoreError(f"{folder} holds shards but no {MANIFEST_NAME}; restore it, or use another folder")
             write_file(path, json.dumps(wanted, indent=1).encode())
         found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise StoreError(
-            f"{path} cannot be read or written ({error}); is this the folder of a user store?"
-        ) from error
+        raise StoreError(f"{path} cannot be read or written ({error}); is this the folder of a user store?") from error
     if found != wanted:
         raise StoreError(
             f"{folder} holds a store of {found}, asked for {wanted}; open it as it is, or use another folder"

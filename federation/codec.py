@@ -126,9 +126,7 @@ def decode_personal(data: bytes, schema: Schema, pool_version: str) -> dict[str,
     return sections
 
 
-def personal_bytes(
-    sections: Mapping[str, Section], schema: Schema, formats: Mapping[str, RowFormat]
-) -> Tensor:
+def personal_bytes(sections: Mapping[str, Section], schema: Schema, formats: Mapping[str, RowFormat]) -> Tensor:
     """Length of each user's encoded personal values: (U,) int64."""
     users = next(iter(sections.values())).ids_uk.shape[0]
     return torch.tensor(
@@ -205,9 +203,7 @@ def _row_mask(section: Section, spec: SectionSpec) -> Bits:
 
 def _rows_bytes(group: Sequence[Levels], kind: Kind) -> bytes:
     scales = [
-        levels.scale_uk.view(torch.int16).numpy().astype("<i2")
-        for levels in group
-        if levels.scale_uk is not None
+        levels.scale_uk.view(torch.int16).numpy().astype("<i2") for levels in group if levels.scale_uk is not None
     ]
     values = np.concatenate([levels.levels_ukw.numpy().ravel() for levels in group])
     body = _ternary_bytes(values) if kind == "ternary" else values.astype(_LEVELS[kind]).tobytes()
@@ -255,13 +251,9 @@ def _read_metrics(cursor: Cursor, count: int) -> dict[str, Tensor]:
         try:
             name = raw.decode()
         except UnicodeDecodeError as error:
-            raise CodecError(
-                f"names of metrics are UTF-8, got {raw!r}; the sender's encoder is broken"
-            ) from error
+            raise CodecError(f"names of metrics are UTF-8, got {raw!r}; the sender's encoder is broken") from error
         if place and name <= previous:
-            raise CodecError(
-                f"metrics ascend by name, got {name!r} after {previous!r}; the sender's encoder is broken"
-            )
+            raise CodecError(f"metrics ascend by name, got {name!r} after {previous!r}; the sender's encoder is broken")
         metrics[name] = torch.tensor(cursor.fields(_FLOAT, f"metric {name!r}"))
         previous = name
     return metrics
@@ -275,9 +267,7 @@ def _read_sections(cursor: Cursor, schema: Schema) -> dict[str, Section]:
     for name, spec in schema.sections.items():
         ids_k, mask = np.flatnonzero(mask[: spec.rows]), mask[spec.rows :]
         if len(ids_k) > spec.max_rows:
-            raise CodecError(
-                f"section {name!r} holds at most {spec.max_rows} rows, got {len(ids_k)}; send fewer"
-            )
+            raise CodecError(f"section {name!r} holds at most {spec.max_rows} rows, got {len(ids_k)}; send fewer")
         ids[name] = torch.from_numpy(ids_k.astype(np.int32))
     rows = {name: torch.zeros(1, len(ids_k), schema.sections[name].width) for name, ids_k in ids.items()}
     for prefix, names in groups.items():
@@ -294,9 +284,7 @@ def _read_sections(cursor: Cursor, schema: Schema) -> dict[str, Section]:
 def _read_kind(cursor: Cursor, prefix: str) -> Kind:
     code = cursor.byte(f"kind of {prefix!r}")
     if code >= len(_KINDS):
-        raise CodecError(
-            f"kinds of rows are 0 to {len(_KINDS) - 1}, got {code} for {prefix!r}; the payload is damaged"
-        )
+        raise CodecError(f"kinds of rows are 0 to {len(_KINDS) - 1}, got {code} for {prefix!r}; the payload is damaged")
     return _KINDS[code]
 
 
@@ -312,9 +300,7 @@ def _read_rows(cursor: Cursor, shapes: Sequence[torch.Size], kind: Kind, prefix:
     else:
         values = cursor.numbers(_LEVELS[kind], sum(sizes), f"values of {prefix!r}")
     if kind == "int8" and (values == -128).any():
-        raise CodecError(
-            f"int8 levels of {prefix!r} are -127 to 127, got -128; the sender's encoder is broken"
-        )
+        raise CodecError(f"int8 levels of {prefix!r} are -127 to 127, got -128; the sender's encoder is broken")
     levels = [level.view(shape) for level, shape in zip(values.split_with_sizes(sizes), shapes)]
     return [Levels(levels_ukw, scale_uk).rows() for levels_ukw, scale_uk in zip(levels, scales)]
 

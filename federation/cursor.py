@@ -62,9 +62,7 @@ class Cursor:
         bits = _unpacked(self._rest[: -(-(count + total) // 8)])
         ends = np.flatnonzero(bits)[:count]
         if len(ends) < count:
-            raise CodecError(
-                f"{what}: {count} numbers are needed, {len(ends)} are left; the payload is cut or damaged"
-            )
+            raise CodecError(f"{what}: {count} numbers are needed, {len(ends)} are left; the payload is cut or damaged")
         used_bits = int(ends[-1]) + 1 if count else 0
         self.bits(used_bits, what)
         return np.diff(ends, prepend=-1) - 1

@@ -49,15 +49,11 @@ class RowFormat:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise ConfigError(
-                f"a row format is one of {list(get_args(Kind))}, got {self.kind!r}; name one of them"
-            )
+            raise ConfigError(f"a row format is one of {list(get_args(Kind))}, got {self.kind!r}; name one of them")
         if not 0.0 < self.top <= 1.0:
             raise ConfigError(f"a ternary format keeps a share in (0, 1] of the values, got top={self.top}")
         if self.top != 1.0 and self.kind != "ternary":
-            raise ConfigError(
-                f"only ternary rows keep a share, got top={self.top} with {self.kind}; leave it out"
-            )
+            raise ConfigError(f"only ternary rows keep a share, got top={self.top} with {self.kind}; leave it out")
 
 
 @dataclass(frozen=True)

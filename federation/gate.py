@@ -106,9 +106,7 @@ class GateSpec:
     def parts(self, phi: Tensor) -> Parts:
         """Views of phi, (|phi|,) or (1, |phi|), by name. Raises PoolError when phi is another gate's."""
         if phi.numel() != self.size:
-            raise PoolError(
-                f"this gate has {self.size} parameters, got {phi.numel()}; was it made for another pool?"
-            )
+            raise PoolError(f"this gate has {self.size} parameters, got {phi.numel()}; was it made for another pool?")
         pieces = torch.split(phi.reshape(-1), [math.prod(shape) for shape in self.shapes.values()])
         return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces)}
 

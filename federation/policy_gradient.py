@@ -25,9 +25,7 @@ def explored(
     results masks (U, K, G) bool and log pi - log beta (U, K).
     """
     explores_uk1 = coin_uk[..., None] < exploration
-    masks_ukg = torch.where(
-        explores_uk1, distribution.uniform().sample(uniform_ukg), distribution.sample(uniform_ukg)
-    )
+    masks_ukg = torch.where(explores_uk1, distribution.uniform().sample(uniform_ukg), distribution.sample(uniform_ukg))
     return masks_ukg, log_importance(distribution, masks_ukg, exploration)
 
 
@@ -56,9 +54,7 @@ def leave_one_out(reward_uk: Tensor) -> Tensor:
     return (reward_uk - reward_uk.mean(1, keepdim=True)) * (samples / (samples - 1))
 
 
-def reinforce(
-    distribution: MaskDistribution, masks_ukg: Tensor, reward_uk: Tensor, log_weight_uk: Tensor
-) -> Tensor:
+def reinforce(distribution: MaskDistribution, masks_ukg: Tensor, reward_uk: Tensor, log_weight_uk: Tensor) -> Tensor:
     """gamma = mean over K of w * advantage * (mask - inclusion), w = pi / beta: unbiased (Williams, 1992).
 
     Shapes: masks_ukg (U, K, G), reward_uk and log_weight_uk (U, K), result (U, G). The rewards of one user

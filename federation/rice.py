@@ -52,9 +52,7 @@ def decode(cursor: Cursor, count: int, universe: int, parameter: int) -> Positio
     gaps = (quotients << parameter) + (remainders.astype(np.int64) << np.arange(parameter)).sum(1)
     positions = np.cumsum(gaps + 1) - 1
     if count and positions[-1] >= universe:
-        raise CodecError(
-            f"positions are below {universe}, got {positions[-1]}; the payload is damaged or hostile"
-        )
+        raise CodecError(f"positions are below {universe}, got {positions[-1]}; the payload is damaged or hostile")
     return positions
 
 

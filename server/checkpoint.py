@@ -133,9 +133,7 @@ def load(path: Path) -> Checkpoint:
     except _Fault as fault:
         raise CheckpointError(f"checkpoint {path} is damaged: {fault}") from fault
     except (KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"checkpoint {path} is not of the form that `save` writes: {error!r}"
-        ) from error
+        raise CheckpointError(f"checkpoint {path} is not of the form that `save` writes: {error!r}") from error
     return Checkpoint(manifest["round"], tensors, manifest["meta"])
 
 
@@ -215,9 +213,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not intact:
         raise _Fault(f"{_MANIFEST_NAME} does not match its sha256")
     if (manifest["format"], manifest["version"]) != (FORMAT, FORMAT_VERSION):
-        raise _Fault(
-            f"its format is {manifest['format']!r} {manifest['version']}, needs {FORMAT!r} {FORMAT_VERSION}"
-        )
+        raise _Fault(f"its format is {manifest['format']!r} {manifest['version']}, needs {FORMAT!r} {FORMAT_VERSION}")
     if path.name != f"round-{manifest['round']:06d}":
         raise _Fault(f"{_MANIFEST_NAME} is of round {manifest['round']}")
     return manifest

@@ -90,7 +90,7 @@ def simulate(
     """
     from federation.config import load_config
     from simulations.progress import Terminal
-    from simulations.run import run
+    from simulations.runs import run
 
     config = load_config(experiment_path(experiment), overrides)
     console = Console()
@@ -109,7 +109,7 @@ def pretrain(experiment: Experiment = "code", *, overrides: Overrides) -> None:
     from simulations.populations import make_population
     from simulations.pretrain import pretraining_report
     from simulations.progress import Terminal
-    from simulations.run import prepare_base
+    from simulations.runs import prepare_base
 
     config = load_config(experiment_path(experiment), overrides)
     console = Console()
@@ -136,7 +136,7 @@ def evaluate(run_folder: RunFolder, *, overrides: Overrides) -> None:
     For example --set evaluate.users=200. The run's record and report are replaced.
     """
     from simulations.progress import Terminal
-    from simulations.run import reevaluate
+    from simulations.runs import reevaluate
 
     console = Console()
     with Terminal(console) as progress:

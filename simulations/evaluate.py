@@ -46,12 +46,16 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All rows, over the same users in the same order, and what masks each rule proposed (U, G)."""
+    """All rows, over the same users in the same order, and what masks each rule proposed (U, G).
+
+    modules: the names of the adapted modules.
+    """
 
     user_ids: UserIds
     groups_u: UserIds
     results: Sequence[MethodResult]
     masks: Mapping[str, Tensor]
+    modules: Sequence[str]
 
 
 def evaluate(workers: Workers, population: Population, trained: Trained, progress: Progress) -> Evaluation:
@@ -68,10 +72,11 @@ def evaluate(workers: Workers, population: Population, trained: Trained, progres
     trials = _serve(workers, shared, tuning_ids, tuning_blocks, tuning_masks, grid, done)
     chosen = [min(plans_of(method, config), key=lambda plan: _mean_loss(trials[plan])) for method in methods]
     served = _serve(workers, shared, new_ids, new_blocks, new_masks, chosen, done)
-    units = config.pool.rank * sum(name.startswith(SECTION_PREFIX) for name in trained.values["pool"])
+    modules = [name.removeprefix(SECTION_PREFIX) for name in trained.values["pool"] if name.startswith(SECTION_PREFIX)]
+    units = config.pool.rank * len(modules)
     results = [_result(plan, served[plan], trials[plan]) for plan in chosen]
     proposed = {name: masks.unpack(mask, units) for name, mask in new_masks.items()}
-    return Evaluation(new_ids, population.groups(new_ids), results, proposed)
+    return Evaluation(new_ids, population.groups(new_ids), results, proposed, modules)
 
 
 def evaluated_users(population: Population, config: RunConfig) -> tuple[UserIds, UserIds]:

@@ -145,9 +145,7 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 def _one_round(
     setup: Setup, workers: Workers, state: ServerState, cohort: UserIds, users_folder: Path
 ) -> tuple[ServerState, ChunkReport]:
-    broadcast = workers.share(
-        Broadcast(RoundState(state.values, state.round_index + 1, state.version), state.strategy)
-    )
+    broadcast = workers.share(Broadcast(RoundState(state.values, state.round_index + 1, state.version), state.strategy))
     chunks = cut(cohort, setup.config.federation.shards)
     jobs = [(broadcast, setup.config, users_folder, chunk) for chunk in chunks]
     finished = {position: (partial, report) for position, partial, report in workers.run(run_chunk, jobs)}
@@ -176,7 +174,7 @@ def _last_state(setup: Setup, checkpoints: Path) -> ServerState | None:
     if not checkpoint.rounds(checkpoints):
         return None
     found = checkpoint.load_latest(checkpoints)
-    if found.meta["config"] != _identity(setup.config):
+    if found.meta["config"] != identity(setup.config):
         raise RunError(
             f"a run resumes with the configuration it was started with, {checkpoints.parent} was started with another; "
             "give that one, or another --out"
@@ -185,11 +183,11 @@ def _last_state(setup: Setup, checkpoints: Path) -> ServerState | None:
 
 
 def _save(setup: Setup, state: ServerState, checkpoints: Path) -> None:
-    meta = {"version": state.version, "config": _identity(setup.config)}
+    meta = {"version": state.version, "config": identity(setup.config)}
     checkpoint.save(checkpoints, state.round_index, to_parts(state), meta)
 
 
-def _identity(config: RunConfig) -> dict[str, Any]:
+def identity(config: RunConfig) -> dict[str, Any]:
     """The part of a configuration that decides the bits: not who works, nor what is measured afterwards."""
     free: Any = {"name": True, "kind": True, "evaluate": True, "federation": {"workers", "checkpoint_every"}}
     return config.model_dump(mode="json", exclude=free)

@@ -20,7 +20,7 @@ from server.round import from_checkpoint
 from simulations.federate import last_checkpoint
 from simulations.methods import known_methods
 from simulations.record import read_record
-from simulations.run import MAIN
+from simulations.runs import MAIN
 from simulations.serve import Plan, Trained, payload, personalised, propose_masks, start_of, tune
 from simulations.setup import Setup
 from simulations.worker import Worker

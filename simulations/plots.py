@@ -135,10 +135,9 @@ def learning_curves(history: Sequence[Mapping[str, float]]) -> go.Figure:
     return _styled(figure, height=130 + 190 * len(shown), top=36).update_layout(showlegend=False)
 
 
-def shared_units(share_g: Sequence[float], rank: int) -> go.Figure:
+def shared_units(share_g: Sequence[float], modules: Sequence[str]) -> go.Figure:
     """The share of measured users whose mask holds each unit g = (j, r): modules down, ranks across."""
-    share_jr = np.asarray(share_g).reshape(-1, rank)
-    modules = [f"module {j}" for j in range(1, len(share_jr) + 1)]
+    share_jr = np.asarray(share_g).reshape(len(modules), -1)
     figure = go.Figure(
         go.Heatmap(
             z=100 * share_jr, y=modules, colorscale="Cividis", zmin=0, xgap=1, ygap=1,

@@ -6,14 +6,7 @@ from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 
@@ -51,16 +44,14 @@ class _SilentStage:
 
 
 class Terminal:
-    """A bar per stage, with elapsed and remaining time. On a pipe, one line when a stage ends."""
+    """A bar per stage with the time that is left, then the time it took; fits 80 columns. On a pipe, one line each."""
 
     def __init__(self, console: Console) -> None:
         self._rich = RichProgress(
-            TextColumn("{task.description:<18}"),
-            BarColumn(bar_width=28),
+            TextColumn("{task.description:<20}"),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[note]}"),
             console=console,
         )

@@ -99,6 +99,7 @@ def users_table(evaluation: Evaluation) -> dict[str, Any]:
         "ids": evaluation.user_ids.tolist(),
         "groups": evaluation.groups_u.tolist(),
         "loss": {r.method.name: np.round(r.loss_u, 6).tolist() for r in evaluation.results},
+        "modules": list(evaluation.modules),
         "units_in_use": evaluation.masks.get("gate", evaluation.masks["saliency"]).float().mean(0).tolist(),
     }
 

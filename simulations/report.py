@@ -32,7 +32,7 @@ def write_report(run_folder: Path) -> Path:
         _results(record),
         _users(record, users),
         _training(record),
-        _units(record, users),
+        _units(users),
         _what_left(record),
         _provenance(record),
     )
@@ -186,9 +186,8 @@ def _training(record: Record) -> str:
     return page.section("The federation learns", page.figure(drawn, "rounds", caption))
 
 
-def _units(record: Record, users: Mapping[str, Any] | None) -> str:
-    rank = record.get("config", {}).get("pool", {}).get("rank")
-    if users is None or rank is None:
+def _units(users: Mapping[str, Any] | None) -> str:
+    if users is None:
         return ""
     use_g = users["units_in_use"]
     unused = sum(share == 0 for share in use_g)
@@ -197,7 +196,7 @@ def _units(record: Record, users: Mapping[str, Any] | None) -> str:
         f"{max(use_g):.0%} of the measured users; {unused or 'none'} of the units "
         f"{'is' if unused == 1 else 'are'} used by nobody."
     )
-    drawn = plots.shared_units(use_g, rank)
+    drawn = plots.shared_units(use_g, users["modules"])
     caption = "Bright units are common ground, dark ones serve few users or nobody."
     return page.section("Which units users share", page.paragraph(text), page.figure(drawn, "units", caption))
 

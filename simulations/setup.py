@@ -99,7 +99,7 @@ def first_pool(config: RunConfig, population: Population) -> Values:
         return {}
     if not isinstance(population, Teacher):
         raise ConfigError(
-            f"pool.start = 'teacher' needs a population with known best rows, {population.name!r} has none; leave it out"
+            f"pool.start = 'teacher' needs a population with known best rows, {population.name!r} has none; drop it"
         )
     return population.teacher_values()
 

@@ -20,7 +20,7 @@ from federation.errors import ConfigError, RunError
 from simulations.comparison import MeasuredRun, Setting, compare
 from simulations.progress import Progress
 from simulations.record import RECORD_NAME, USERS_NAME, paired, provenance, read_record, write_json
-from simulations.run import CONFIG_NAME, run
+from simulations.runs import CONFIG_NAME, run
 
 SWEEP_NAME = "sweep.json"
 

@@ -98,9 +98,7 @@ def _associates(case: Case) -> Iterator[str]:
     merge = case.strategy.merge
     left = merge(merge(case.lift("a", 5), case.lift("b", 4)), case.lift("c", 3))
     right = merge(case.lift("a", 5), merge(case.lift("b", 4), case.lift("c", 3)))
-    yield from _differences(
-        "merge(merge(a, b), c) and merge(a, merge(b, c))", case.finish(left), case.finish(right)
-    )
+    yield from _differences("merge(merge(a, b), c) and merge(a, merge(b, c))", case.finish(left), case.finish(right))
 
 
 def _block_is_its_users(case: Case) -> Iterator[str]:
@@ -124,9 +122,7 @@ def _empty_is_neutral(case: Case) -> Iterator[str]:
     yield from _faults(alone, case.state.schema)
     if any(section.contributors.any() for section in alone.sections.values()):
         yield "the lift of nobody has contributors"
-    yield from _differences(
-        "merge(nobody, a) and a", case.finish(case.strategy.merge(nobody, a)), case.finish(a)
-    )
+    yield from _differences("merge(nobody, a) and a", case.finish(case.strategy.merge(nobody, a)), case.finish(a))
 
 
 def _serves_one_user(case: Case) -> Iterator[str]:
@@ -173,9 +169,7 @@ def _steps_are_sound(case: Case) -> Iterator[str]:
 def _partials_travel(case: Case) -> Iterator[str]:
     few, many = case.lift("few", 4), case.lift("many", 200)
     copied = pickle.loads(pickle.dumps(few))
-    yield from _differences(
-        "a partial and its pickled copy", case.finish(few), case.finish(copied), tolerance=0.0
-    )
+    yield from _differences("a partial and its pickled copy", case.finish(few), case.finish(copied), tolerance=0.0)
     few_bytes, many_bytes = len(pickle.dumps(few)), len(pickle.dumps(many))
     if not case.strategy.linear_memory and many_bytes > 1.1 * few_bytes:
         yield (

@@ -89,9 +89,7 @@ class FedAvg(_Mean):
         sections = {}
         for name, rows in partial.rows.items():
             weight = partial.weights[name].float()
-            sections[name] = StepSection(
-                _divide(rows, partial.weight.float()), weight, torch.ones_like(weight)
-            )
+            sections[name] = StepSection(_divide(rows, partial.weight.float()), weight, torch.ones_like(weight))
         return Step(sections), state
 
 
@@ -106,9 +104,7 @@ class MaskedMean(_Mean):
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.kappa) and self.kappa >= 0):
-            raise ConfigError(
-                f"kappa must be finite and at least 0, got {self.kappa}; 2 to 4 suits sparse masks"
-            )
+            raise ConfigError(f"kappa must be finite and at least 0, got {self.kappa}; 2 to 4 suits sparse masks")
 
     def finish(self, partial: Sums, state: State) -> tuple[Step, State]:
         doubt = self.kappa * _divide(partial.weight, partial.users.double())

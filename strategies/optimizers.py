@@ -32,9 +32,7 @@ class _Scheduled:
         if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
             raise ConfigError(f"learning_rate must be finite and at least 0, got {self.learning_rate}")
         if self.decay_rounds is not None and self.decay_rounds < 1:
-            raise ConfigError(
-                f"decay_rounds must be at least 1, got {self.decay_rounds}; without it nothing decays"
-            )
+            raise ConfigError(f"decay_rounds must be at least 1, got {self.decay_rounds}; without it nothing decays")
 
     def rate(self, round_index: int) -> float:
         """The learning rate of a round."""
@@ -105,9 +103,7 @@ class Adam(_Scheduled):
             raise ConfigError(f"epsilon must be positive, got {self.epsilon}; 1e-8 is usual")
 
     def init(self, values: Values) -> Tensors:
-        counts = {
-            f"count/{name}": torch.zeros_like(value, dtype=torch.int32) for name, value in values.items()
-        }
+        counts = {f"count/{name}": torch.zeros_like(value, dtype=torch.int32) for name, value in values.items()}
         return {"round": _round_zero(), **_zeros("first", values), **_zeros("second", values), **counts}
 
     def step(self, values: Values, step: Step, state: Tensors) -> tuple[dict[str, Tensor], Tensors]:

@@ -72,9 +72,7 @@ class Step:
         """
         known = {factor for spec in schema.sections.values() for factor in spec.factors}
         if unknown := set(factors) - known:
-            raise PoolError(
-                f"factors to freeze must be in the schema, got {sorted(unknown)}; it has {sorted(known)}"
-            )
+            raise PoolError(f"factors to freeze must be in the schema, got {sorted(unknown)}; it has {sorted(known)}")
         frozen = {}
         for name, spec in schema.sections.items():
             columns = torch.zeros(spec.width, dtype=torch.bool)

@@ -207,15 +207,11 @@ class SyntheticPopulation:
 
     @cached_property
     def _type_mean(self) -> Tensor:
-        return self.shift * torch.randn(
-            self.types, self.widths[0], generator=self._data.generator("type mean")
-        )
+        return self.shift * torch.randn(self.types, self.widths[0], generator=self._data.generator("type mean"))
 
     @cached_property
     def _habit(self) -> Tensor:
-        order = torch.rand(
-            self.types, len(self.widths) - 1, self.rank, generator=self._data.generator("habit")
-        )
+        order = torch.rand(self.types, len(self.widths) - 1, self.rank, generator=self._data.generator("habit"))
         return (order.argsort(2).argsort(2) < self.budget).flatten(1)
 
     @cached_property

@@ -15,9 +15,7 @@ from simulations.populations.shakespeare import shakespeare_corpus
 from simulations.pretrain import PretrainConfig, Progress, no_progress, pretrained_population
 
 
-def code(
-    root: str | None = None, window: int = 64, pretraining: Mapping[str, Any] | None = None
-) -> TextPopulation:
+def code(root: str | None = None, window: int = 64, pretraining: Mapping[str, Any] | None = None) -> TextPopulation:
     """Users made of source code. root: a folder of your own projects, which become the new users.
 
     window: tokens per example. pretraining: fields of `PretrainConfig`.

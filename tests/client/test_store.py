@@ -340,9 +340,7 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
         opened.read(IDS, 2)
 
 
-@pytest.mark.parametrize(
-    ("shards", "layout"), [(4, LAYOUT), (3, RecordLayout(3, 3)), (3, RecordLayout(4, 2))]
-)
+@pytest.mark.parametrize(("shards", "layout"), [(4, LAYOUT), (3, RecordLayout(3, 3)), (3, RecordLayout(4, 2))])
 def test_a_store_of_another_shape_is_refused(store: UserStore, shards: int, layout: RecordLayout) -> None:
     with pytest.raises(StoreError, match="asked for"):
         UserStore(store.folder, shards, layout)

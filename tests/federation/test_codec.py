@@ -73,9 +73,7 @@ def rows_by_id(section: Section, user: int, spec: SectionSpec) -> dict[int, list
     return dict(zip(ids, rows.view(torch.int32).tolist() if spec.width else [[] for _ in ids]))
 
 
-def assert_same_rows(
-    found: dict[str, Section], wanted: dict[str, Section], user: int, schema: Schema = SCHEMA
-) -> None:
+def assert_same_rows(found: dict[str, Section], wanted: dict[str, Section], user: int, schema: Schema = SCHEMA) -> None:
     assert list(found) == list(schema.sections)
     for name, spec in schema.sections.items():
         assert rows_by_id(found[name], 0, spec) == rows_by_id(wanted[name], user, spec), name
@@ -110,10 +108,7 @@ def test_encoding_is_canonical(formats: dict[str, RowFormat]) -> None:
     assert all(section.valid_uk.all() for section in again.sections.values())
     if formats["pool"].kind != "int8":
         assert encode(again, 0, SCHEMA, formats) == payload
-    turned = {
-        n: Section(s.ids_uk.flip(1), s.valid_uk.flip(1), s.rows_ukw.flip(1))
-        for n, s in updates.sections.items()
-    }
+    turned = {n: Section(s.ids_uk.flip(1), s.valid_uk.flip(1), s.rows_ukw.flip(1)) for n, s in updates.sections.items()}
     assert encode(replace(updates, sections=turned), 1, SCHEMA, formats) == payload
 
 
@@ -176,9 +171,7 @@ def test_sparse_ternary_rows_cost_what_positions_and_signs_cost() -> None:
     schema = Schema({"pool/a": SectionSpec(8, {"value": 1_000}, 8)})
     rows = torch.randn(1, 8, 1_000, generator=torch.Generator().manual_seed(2))
     kept = {"pool/a": Section(torch.arange(8)[None].int(), torch.ones(1, 8, dtype=torch.bool), rows)}
-    few, half = (
-        personal_bytes(kept, schema, {"pool": RowFormat("ternary", top)}).item() for top in (0.05, 0.5)
-    )
+    few, half = (personal_bytes(kept, schema, {"pool": RowFormat("ternary", top)}).item() for top in (0.05, 0.5))
     assert half == 12 + 1 + 16 + 1 + 1_000 + 500  # bitmap
     entropy_bytes = 8_000 * 0.2864 / 8
     assert 12 + 1 + 16 + 5 + 50 + entropy_bytes < few < 12 + 1 + 16 + 5 + 50 + 1.06 * entropy_bytes
@@ -212,9 +205,7 @@ def test_a_golden_payload_read_by_hand() -> None:
     payload = (GOLDEN / "personal-fp32.bin").read_bytes()
     assert payload[:3] == b"fp\x01"
     assert payload[7:9] == bytes([0, 0])  # fp32 pool, fp32 gate
-    assert payload[9:11] == bytes(
-        [0b01110010, 0b00001000]
-    )  # pool/a: rows 1, 4, 5; pool/b: row 0; gate: row 0
+    assert payload[9:11] == bytes([0b01110010, 0b00001000])  # pool/a: rows 1, 4, 5; pool/b: row 0; gate: row 0
     first_row = struct.unpack("<64f", payload[11 : 11 + 256])
     assert first_row[0] == ((2 * 64 * 40_503) % 2_048 - 1_024) / 512  # row 1 stands at place 2
 
@@ -313,14 +304,8 @@ def test_another_pool_or_schema_is_named() -> None:
 
 
 def test_a_limit_may_change_but_is_enforced() -> None:
-    kept = {
-        "pool/a": Section(
-            torch.arange(4)[None].int(), torch.ones(1, 4, dtype=torch.bool), torch.ones(1, 4, 33)
-        )
-    }
-    limits = {
-        rows: Schema({"pool/a": replace(SCHEMA.sections["pool/a"], max_rows=rows)}) for rows in (3, 4, 9)
-    }
+    kept = {"pool/a": Section(torch.arange(4)[None].int(), torch.ones(1, 4, dtype=torch.bool), torch.ones(1, 4, 33))}
+    limits = {rows: Schema({"pool/a": replace(SCHEMA.sections["pool/a"], max_rows=rows)}) for rows in (3, 4, 9)}
     payload = encode_personal(kept, 0, limits[4], EXACT, "release-2")
     assert_same_rows(decode_personal(payload, limits[9], "release-2"), kept, 0, limits[9])
     with pytest.raises(CodecError, match="at most 3 rows, got 4"):

@@ -24,9 +24,7 @@ def sections(users: int = 5, seed: int = 0) -> dict[str, Section]:
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, k, width in (("pool/a", 4, 33), ("pool/b", 3, 17)):
-        rows = torch.randn(users, k, width, generator=generator) * torch.rand(
-            users, k, 1, generator=generator
-        )
+        rows = torch.randn(users, k, width, generator=generator) * torch.rand(users, k, 1, generator=generator)
         valid = torch.rand(users, k, generator=generator) < 0.8
         ids = torch.rand(users, 9, generator=generator).argsort(1)[:, :k].int()
         made[name] = Section(ids, valid, rows.masked_fill(~valid[..., None], float("nan")))
@@ -47,9 +45,7 @@ def test_a_block_equals_single_users_bit_for_bit(row_format: RowFormat) -> None:
     given = sections(users=7)
     stacked = rounded(given, row_format)
     for user in range(7):
-        alone = rounded(
-            {name: section.take(torch.tensor([user])) for name, section in given.items()}, row_format
-        )
+        alone = rounded({name: section.take(torch.tensor([user])) for name, section in given.items()}, row_format)
         for name in given:
             assert torch.equal(bits(stacked[name].rows_ukw[user]), bits(alone[name].rows_ukw[0]))
 
@@ -59,10 +55,7 @@ def test_the_order_of_rows_and_sections_does_not_matter(row_format: RowFormat) -
     given = sections()
     straight = rounded(given, row_format)
     turned = rounded(
-        {
-            n: Section(s.ids_uk.flip(1), s.valid_uk.flip(1), s.rows_ukw.flip(1))
-            for n, s in reversed(given.items())
-        },
+        {n: Section(s.ids_uk.flip(1), s.valid_uk.flip(1), s.rows_ukw.flip(1)) for n, s in reversed(given.items())},
         row_format,
     )
     assert list(turned) == list(reversed(straight))
@@ -138,11 +131,7 @@ def test_ternary_equals_a_list_of_the_users_values(top: float) -> None:
 def test_no_other_scale_has_a_smaller_error() -> None:
     given = sections(users=1)
     row = given["pool/a"].rows_ukw[0][given["pool/a"].valid_uk[0]][0].double()
-    got = (
-        rounded(given, RowFormat("ternary", 0.4))["pool/a"]
-        .rows_ukw[0][given["pool/a"].valid_uk[0]][0]
-        .double()
-    )
+    got = rounded(given, RowFormat("ternary", 0.4))["pool/a"].rows_ukw[0][given["pool/a"].valid_uk[0]][0].double()
     kept = got != 0
     error = lambda factor: (row[kept] - factor * got[kept]).square().sum()  # noqa: E731
     assert error(1.0) < min(error(0.99), error(1.01))

@@ -11,9 +11,7 @@ from torch import Tensor
 from federation.errors import ConfigError, PoolError
 from federation.gate import GateSpec, GateState, standardise
 
-SPEC = GateSpec(
-    modules=3, rank=4, feature_width=5, embedding_width=2, hidden=6, factor_width=7, initial_alpha=4.0
-)
+SPEC = GateSpec(modules=3, rank=4, feature_width=5, embedding_width=2, hidden=6, factor_width=7, initial_alpha=4.0)
 USERS = 8
 
 
@@ -34,9 +32,7 @@ def state(dtype: torch.dtype = torch.float32) -> GateState:
 
 def only(user: int, of: GateState) -> GateState:
     here = slice(user, user + 1)
-    return replace(
-        of, features_uf=of.features_uf[here], embedding_ue=of.embedding_ue[here], gain_ug=of.gain_ug[here]
-    )
+    return replace(of, features_uf=of.features_uf[here], embedding_ue=of.embedding_ue[here], gain_ug=of.gain_ug[here])
 
 
 def logits_by_definition(phi: Tensor, of: GateState) -> Tensor:

@@ -74,9 +74,7 @@ def test_float32_is_finite_and_close_to_float64(kind: str, edge: str) -> None:
     single, double = distribution(kind, logits_ug), distribution(kind, logits_ug.double())
     torch.testing.assert_close(single.inclusion().double(), double.inclusion(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(single.entropy().double(), double.entropy(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        single.entropy_gradient().double(), double.entropy_gradient(), rtol=1e-3, atol=1e-3
-    )
+    torch.testing.assert_close(single.entropy_gradient().double(), double.entropy_gradient(), rtol=1e-3, atol=1e-3)
     assert single.log_prob(all_masks(kind)[None]).isfinite().all()
 
 
@@ -153,9 +151,7 @@ def test_a_block_of_users_equals_single_users(kind: str) -> None:
         single = distribution(kind, logits_ug[u : u + 1])
         assert single.sample(uniform[u : u + 1])[0].equal(block.sample(uniform)[u])
         torch.testing.assert_close(single.inclusion()[0], block.inclusion()[u], rtol=0, atol=1e-6)
-        torch.testing.assert_close(
-            single.entropy_gradient()[0], block.entropy_gradient()[u], rtol=0, atol=1e-6
-        )
+        torch.testing.assert_close(single.entropy_gradient()[0], block.entropy_gradient()[u], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("budget", [0, -1, 4])

@@ -105,7 +105,7 @@ def test_the_fast_layers_gradient_matches_finite_differences():
 def test_bad_input_is_named():
     with pytest.raises(PoolError, match="match no linear layer"):
         PooledModel.around(models.gpt2(), rank=4, scale=1.0, target_modules=("c_atn",))
-    with pytest.raises(PoolError, match="only nn.Linear and Conv1D"):
+    with pytest.raises(PoolError, match=r"only nn\.Linear and Conv1D"):
         PooledModel.around(models.gpt2(), rank=4, scale=1.0, target_modules=("wte",))
     model = PooledModel.around(models.gpt2(), rank=4, scale=1.0)
     rows = random_rows(model, 2, 1)

@@ -11,9 +11,7 @@ from federation import rice
 from federation.cursor import Cursor
 from federation.errors import CodecError
 
-position_sets = st.sets(st.integers(0, 5_000), max_size=60).map(
-    lambda values: np.array(sorted(values), dtype=np.int64)
-)
+position_sets = st.sets(st.integers(0, 5_000), max_size=60).map(lambda values: np.array(sorted(values), dtype=np.int64))
 
 
 def slow_bytes(positions: np.ndarray, parameter: int) -> bytes:
@@ -24,9 +22,7 @@ def slow_bytes(positions: np.ndarray, parameter: int) -> bytes:
         remainders += "".join(str(remainder >> bit & 1) for bit in range(parameter))
         unary += "0" * quotient + "1"
         last = position
-    return b"".join(
-        int(bits[::-1] or "0", 2).to_bytes(-(-len(bits) // 8), "little") for bits in (remainders, unary)
-    )
+    return b"".join(int(bits[::-1] or "0", 2).to_bytes(-(-len(bits) // 8), "little") for bits in (remainders, unary))
 
 
 @given(position_sets)

@@ -52,9 +52,7 @@ def test_knowing_a_plugin_does_not_import_it(monkeypatch: pytest.MonkeyPatch, tm
     install(monkeypatch, tmp_path, "quilt_broken", "raise RuntimeError('old')", {"broken": "quilt_broken:X"})
     assert STRATEGIES.known()["broken"] == "quilt_broken 2.0"
     assert check(make_strategy("fedavg")) == []
-    with pytest.raises(
-        PluginError, match=r"quilt_broken:X \(from quilt_broken 2.0\) raised RuntimeError\('old'\)"
-    ):
+    with pytest.raises(PluginError, match=r"quilt_broken:X \(from quilt_broken 2.0\) raised RuntimeError\('old'\)"):
         make_strategy("broken")
 
 
@@ -63,13 +61,9 @@ def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:
         make_strategy("mask_mean")
 
 
-def test_a_name_taken_twice_is_refused_with_both_places(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_name_taken_twice_is_refused_with_both_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install(monkeypatch, tmp_path, "quilt_twin", "class Mine: ...", {"fedavg": "quilt_twin:Mine"})
-    with pytest.raises(
-        PluginError, match=r"'fedavg' is both strategies.means:FedAvg .* and quilt_twin:Mine .*2.0"
-    ):
+    with pytest.raises(PluginError, match=r"'fedavg' is both strategies.means:FedAvg .* and quilt_twin:Mine .*2.0"):
         make_strategy("fedavg")
 
 
@@ -104,19 +98,13 @@ class Ill:
 
 
 def test_a_plugin_must_be_callable() -> None:
-    plugins: Plugins[Strategy[int]] = Plugins(
-        "strategy", "none", Strategy, {"text": "strategies.registry:__doc__"}
-    )
-    with pytest.raises(
-        PluginError, match=r"must be a class or a function, strategies.registry:__doc__ .* is a str"
-    ):
+    plugins: Plugins[Strategy[int]] = Plugins("strategy", "none", Strategy, {"text": "strategies.registry:__doc__"})
+    with pytest.raises(PluginError, match=r"must be a class or a function, strategies.registry:__doc__ .* is a str"):
         plugins.make("text")
 
 
 def test_options_are_checked_by_name_presence_and_type() -> None:
-    with pytest.raises(
-        ConfigError, match=r"strategy 'masked_mean' has no option 'kapa'; did you mean 'kappa'"
-    ):
+    with pytest.raises(ConfigError, match=r"strategy 'masked_mean' has no option 'kapa'; did you mean 'kappa'"):
         make_strategy("masked_mean", kapa=2.0)
     with pytest.raises(ConfigError, match=r"optimizer 'adam' needs the option\(s\) learning_rate"):
         make_optimizer("adam")

@@ -108,9 +108,7 @@ def test_the_manifest_holds_the_checksums_of_the_files(tmp_path: Path) -> None:
         assert entry["bytes"] == len(content)
 
 
-@pytest.mark.parametrize(
-    "meta", [{"a": float("nan")}, {"a": (1, 2)}, {1: "a"}, {"a": torch.zeros(1)}, {"a": b"x"}]
-)
+@pytest.mark.parametrize("meta", [{"a": float("nan")}, {"a": (1, 2)}, {1: "a"}, {"a": torch.zeros(1)}, {"a": b"x"}])
 def test_meta_that_json_would_change_is_refused(tmp_path: Path, meta: dict[Any, Any]) -> None:
     with pytest.raises(CheckpointError, match="meta must"):
         save(tmp_path, 1, {}, meta)

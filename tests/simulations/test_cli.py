@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-import simulations.run
+import simulations.runs
 from simulations.cli import EXPERIMENTS, app, experiment_path
 
 TINY = Path(__file__).parent / "tiny.toml"
@@ -125,7 +125,7 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(simulations.run, "run", stopped)
+    monkeypatch.setattr(simulations.runs, "run", stopped)
     result = fedquilt("simulate", TINY, "--out", tmp_path / "run")
     assert result.exit_code == 130
     assert "continue with --resume" in result.stderr

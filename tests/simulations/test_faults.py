@@ -22,7 +22,7 @@ from federation.config import RunConfig
 from federation.errors import CheckpointError, FedquiltError, RunError, StoreError
 from server.checkpoint import checksum, rounds
 from simulations.federate import HISTORY_NAME, RoundReport, federate, last_checkpoint, read_history
-from simulations.run import MAIN, run
+from simulations.runs import MAIN, run
 from simulations.workers import RayWorkers
 from tests.simulations.tiny import Interrupt, interrupt_at, one_thread, simulate, tiny_config, tiny_setup
 
@@ -46,7 +46,7 @@ def run_or_resume(config: RunConfig, folder: Path, file_bytes: int | None) -> No
 def start(config: RunConfig, folder: Path, file_bytes: int | None = None) -> BaseProcess:
     """A child forked from a server that has imported everything, so that it is at work at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["simulations.run", "simulations.populations.synthetic"])
+    context.set_forkserver_preload(["simulations.runs", "simulations.populations.synthetic"])
     child = context.Process(target=run_or_resume, args=(config, folder, file_bytes))
     child.start()
     return child

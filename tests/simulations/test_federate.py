@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from client.state import RecordLayout
+from client.round import RoundState
+from client.state import RecordLayout, UserBlock
 from client.store import UserStore, shard_of
 from federation import masks
 from federation.errors import ConfigError, FedquiltError, PluginError, PopulationError, RunError
@@ -29,7 +30,8 @@ from simulations.federate import (
 from simulations.methods import methods_of
 from simulations.populations import make_population
 from simulations.record import read_record
-from simulations.run import run
+from simulations.runs import run
+from simulations.worker import Broadcast, Worker, run_chunk
 from simulations.workers import RayWorkers
 from tests.simulations.tiny import Interrupt, interrupt_at, simulate, tiny_config, tiny_setup
 
@@ -107,6 +109,27 @@ def test_another_configuration_does_not_resume_and_spoils_nothing(
     with pytest.raises(RunError, match=r"resumes with the configuration it was started with.*another --out"):
         simulate(tiny_config(override), tmp_path, resume=True)
     assert simulate(tiny_config(), tmp_path, resume=True) == undisturbed
+
+
+def test_a_chunk_that_is_done_again_gives_the_same_and_keeps_the_same(tmp_path: Path) -> None:
+    config, ids = tiny_config(), np.arange(10)
+    worker = Worker(config)
+    setup = worker.setup(config)
+    generator = torch.Generator().manual_seed(0)
+    values = {n: v + 0.3 * torch.randn(v.shape, generator=generator) for n, v in setup.begin().values.items()}
+
+    def chunk(round_index: int) -> tuple[dict[str, torch.Tensor], UserBlock]:
+        broadcast = Broadcast(RoundState(values, round_index, "v"), setup.begin().strategy)
+        partial, _ = run_chunk(worker, broadcast, config, tmp_path, ids)
+        return partial.rows, worker.store(setup, tmp_path).read(ids, before_round=round_index + 1)
+
+    chunk(2)
+    (rows, users), (rows_again, users_again) = chunk(3), chunk(3)
+    assert all(torch.equal(rows[name], rows_again[name]) for name in rows)
+    assert torch.equal(users.embedding_ue, users_again.embedding_ue)
+    assert users_again.visits_u.tolist() == [2] * 10
+    assert not torch.equal(chunk(4)[0][GATE_SECTION], rows[GATE_SECTION])
+    worker.close()
 
 
 # -------------------------------------------------------------------------------- what a run leaves

@@ -13,7 +13,7 @@ from federation.errors import PopulationError, RunError
 from federation.streams import Streams
 from simulations.personal import personal_rows
 from simulations.populations import make_population
-from simulations.run import run
+from simulations.runs import run
 
 SETTINGS = {
     "population": {"name": "synthetic", "options": {"train_users": 40, "new_users": 12, "rank": 8}},

@@ -85,7 +85,7 @@ def test_the_interval_holds_the_true_mean_in_about_95_of_100_experiments() -> No
 def test_the_interval_agrees_with_the_clustered_error() -> None:
     generator = np.random.default_rng(4)
     groups_u = generator.integers(0, 200, 1000)
-    values_u = generator.normal(size=200)[groups_u] + generator.normal(size=1000)
+    values_u = 3.0 + generator.normal(size=200)[groups_u] + generator.normal(size=1000)
     interval, error = bootstrap(values_u, groups_u), clustered_error(values_u, groups_u)
     assert (interval.high - interval.low) / (2 * 1.96 * error) == pytest.approx(1.0, abs=0.08)
     assert bootstrap(values_u, groups_u) == interval

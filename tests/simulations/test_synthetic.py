@@ -15,9 +15,7 @@ from federation.errors import ConfigError, PopulationError
 from federation.streams import Streams
 from simulations.populations.synthetic import SyntheticPopulation, f1
 
-SMALL = SyntheticPopulation(
-    100, 20, widths=(6, 5, 3), rank=4, budget=2, types=3, noise=0.0, examples=32, seed=1
-)
+SMALL = SyntheticPopulation(100, 20, widths=(6, 5, 3), rank=4, budget=2, types=3, noise=0.0, examples=32, seed=1)
 LARGE = SyntheticPopulation(1_000_000, 1_000)
 STREAMS = Streams(3)
 
@@ -42,9 +40,7 @@ def loss(population: SyntheticPopulation, user: int, share_g: Tensor) -> Tensor:
 
 def gain(population: SyntheticPopulation, user: int) -> Tensor:
     """First-order gain of every unit, with all of them on at scale k / R: (G,)."""
-    share_g = torch.full(
-        (population.pool_spec().units,), population.budget / population.rank, requires_grad=True
-    )
+    share_g = torch.full((population.pool_spec().units,), population.budget / population.rank, requires_grad=True)
     return -torch.autograd.grad(loss(population, user, share_g), share_g)[0]
 
 
@@ -64,9 +60,7 @@ def test_noise_is_what_the_best_mask_cannot_explain() -> None:
     residual = []
     for user in range(20):
         batch = noisy.batch(np.array([user]), "test", None, STREAMS)
-        residual.append(
-            batch.targets[0] - outputs(noisy, batch.inputs[0], noisy.best_mask(np.array([user]))[0])
-        )
+        residual.append(batch.targets[0] - outputs(noisy, batch.inputs[0], noisy.best_mask(np.array([user]))[0]))
     assert torch.stack(residual).std().item() == pytest.approx(0.3, rel=0.05)
 
 
@@ -106,9 +100,7 @@ def test_features_reveal_the_type() -> None:
 def test_saliency_over_the_teachers_rows_is_better_than_chance_and_not_perfect() -> None:
     ids = np.arange(40)
     gains = torch.stack([gain(LARGE, user) for user in range(40)]).view(40, 2, 32)
-    saliency = (
-        torch.zeros_like(gains, dtype=torch.bool).scatter_(2, gains.topk(4, 2).indices, True).flatten(1)
-    )
+    saliency = torch.zeros_like(gains, dtype=torch.bool).scatter_(2, gains.topk(4, 2).indices, True).flatten(1)
     assert 0.4 < f1(saliency, LARGE.best_mask(ids)).mean() < 0.95
 
 

@@ -57,9 +57,7 @@ class AlwaysOneMore(FedAvg):
 class DividesByZero(MaskedMean):
     def finish(self, partial: Sums, state: State) -> tuple[Step, State]:
         step, state = super().finish(partial, state)
-        sections = {
-            n: replace(s, mean=partial.rows[n] / s.contributors[:, None]) for n, s in step.sections.items()
-        }
+        sections = {n: replace(s, mean=partial.rows[n] / s.contributors[:, None]) for n, s in step.sections.items()}
         return Step(sections), state
 
 

@@ -22,9 +22,7 @@ SCHEMA = Schema(
         "gate": SectionSpec(rows=1, factors={"phi": 7}, max_rows=1),
     }
 )
-MASK_SCHEMA = Schema(
-    {name: SectionSpec(spec.rows, {}, spec.max_rows) for name, spec in SCHEMA.sections.items()}
-)
+MASK_SCHEMA = Schema({name: SectionSpec(spec.rows, {}, spec.max_rows) for name, spec in SCHEMA.sections.items()})
 FORMATS = {
     "fp32": RowFormat("fp32"),
     "fp16": RowFormat("fp16"),

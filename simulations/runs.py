@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from federation.errors import ConfigError, RunError
 from federation.update import Values
 from server.checkpoint import checksum
 from simulations.evaluate import Evaluation, evaluate
-from simulations.federate import RoundReport, federate, last_checkpoint, read_history
+from simulations.federate import RoundReport, federate, identity, last_checkpoint, read_history
 from simulations.methods import methods_of, sources_of
 from simulations.populations import make_population
 from simulations.populations.text import prepare
@@ -57,8 +58,7 @@ def run(config: RunConfig, out: Path, resume: bool = False, progress: Progress |
     progress = progress or Silent()
     if (out / CONFIG_NAME).exists() and not resume:
         raise RunError(f"{out} holds a run already; continue it with --resume, or give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / CONFIG_NAME, config.model_dump(mode="json"))
+    _claim(out, config)
     started = time.perf_counter()
     prepare_base(config, progress)
     population = make_population(config.population)
@@ -80,6 +80,18 @@ def run(config: RunConfig, out: Path, resume: bool = False, progress: Progress |
     if evaluation is not None:
         write_json(out / USERS_NAME, users_table(evaluation))
     return Run(out, record, evaluation)
+
+
+def _claim(out: Path, config: RunConfig) -> None:
+    """Writes the configuration of a run, unless the folder holds a run of another one."""
+    path = out / CONFIG_NAME
+    if path.exists() and identity(parse(RunConfig, json.loads(path.read_text()))) != identity(config):
+        raise RunError(
+            f"a run resumes with the configuration it was started with, {out} was started with another; "
+            "give that one, or another --out"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, config.model_dump(mode="json"))
 
 
 def reevaluate(folder: Path, overrides: Sequence[str], progress: Progress | None = None) -> Run:
@@ -144,6 +156,7 @@ class _Observer:
     def __init__(self, out: Path, name: str, rounds: int, progress: Progress) -> None:
         self._writer = SummaryWriter(str(out / "tensorboard" / name))
         self._stage = progress.stage(f"federate {name}", rounds)
+        self._rounds, self._note = rounds, ""
 
     def __enter__(self) -> _Observer:
         return self
@@ -152,15 +165,18 @@ class _Observer:
         for name, value in report.metrics.items():
             self._writer.add_scalar(name, value, report.round_index)
         self._writer.add_scalar("users_per_second", report.users_per_second, report.round_index)
-        self._stage.update(report.round_index, f"{report.users_per_second:.0f} users/s, {_brief(report.metrics)}")
+        self._note = f"{report.users_per_second:.0f} users/s, {_brief(report.metrics)}"
+        self._stage.update(report.round_index, self._note)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._writer.close()
+        if kind is None:
+            self._stage.update(self._rounds, self._note)  # a federation that was finished before shows as such
         self._stage.close()
 
 
 def _brief(metrics: Mapping[str, float]) -> str:
-    shown = {"support_loss": "loss", "reward": "reward", "active_share": "active"}
+    shown = {"support_loss": "loss", "reward": "reward"}
     return ", ".join(f"{label} {metrics[name]:.3f}" for name, label in shown.items() if name in metrics)
 
 
