@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
+import operator
 import os
 import random
 import re
@@ -119,17 +120,19 @@ def test_dead_before_or_after_any_step_it_resumes_to_the_same_bits(
 
 
 def test_a_killed_worker_ends_the_run_with_words_and_resume_goes_on(undisturbed: str, tmp_path: Path) -> None:
-    config = tiny_config("federation.workers=1")
+    config = tiny_config("federation.workers=2")
     workers = RayWorkers(config)
 
-    def kill_the_worker(report: RoundReport) -> None:
+    def kill_a_worker(report: RoundReport) -> None:
         if report.round_index == 3:
             ((_, _, pid),) = workers.run(lambda worker: (None, os.getpid()), [()])
             os.kill(pid, signal.SIGKILL)
 
     try:
         with pytest.raises(RunError, match=r"worker 0 died in job \d of \d .*nothing .* is lost.*--resume"):
-            federate(tiny_setup(config), workers, range(60), tmp_path, False, kill_the_worker)
+            federate(tiny_setup(config), workers, range(60), tmp_path, False, kill_a_worker)
+        with pytest.raises(RunError, match=r"worker died merging .*nothing .* is lost.*--resume"):
+            workers.fold([workers.share(number) for number in range(5)], operator.add)
     finally:
         workers.close()
     assert rounds(tmp_path / "checkpoints")[-1] == 3
