@@ -47,9 +47,8 @@ class ChunkReport:
 class Worker:
     """The population and base model of one process, and the federations it has been asked to work for."""
 
-    def __init__(self, config: RunConfig, one_thread: bool = True) -> None:
-        if one_thread:
-            torch.set_num_threads(1)
+    def __init__(self, config: RunConfig) -> None:
+        torch.set_num_threads(1)  # processes of one thread each beat threads, and give the same bits everywhere
         self.population: Population = make_population(config.population)
         self._model = wrap(config, self.population.base_model())
         self._setups: dict[str, Setup] = {}

@@ -44,7 +44,7 @@ class InProcess:
     """One worker in this process: for tests, notebooks and debugging."""
 
     def __init__(self, config: RunConfig) -> None:
-        self._worker = Worker(config, one_thread=False)
+        self._worker = Worker(config)
 
     def share(self, value: Any) -> Any:
         return value
@@ -109,25 +109,30 @@ class RayWorkers:
                 running[report] = (position, result, number)
             (done,), _ = self._ray.wait(list(running), num_returns=1)
             position, result, number = running.pop(done)
-            try:
-                report = self._ray.get(done)
-            except self._ray.exceptions.RayActorError as error:
-                raise RunError(
-                    f"worker {number} died in job {position} of {len(arguments)} ({error.__class__.__name__}); "
-                    "nothing that was checkpointed is lost: run the same command with --resume"
-                ) from error
-            except self._ray.exceptions.RayTaskError as error:
-                raise error.as_instanceof_cause() from None
+            report = self._get(done, f"worker {number} died in job {position} of {len(arguments)}")
             idle.append(number)
             yield position, result, report
 
     def fold(self, results: Sequence[Any], merge: Callable[[Any, Any], Any]) -> Any:
         # On the actors, not as Ray tasks: those start processes of their own, which load torch anew (2 s of work each).
         turns = cycle(self._actors)
-        return self._ray.get(fold(results, lambda a, b: next(turns).merge.remote(merge, a, b)))
+        whole = fold(results, lambda a, b: next(turns).merge.remote(merge, a, b))
+        return self._get(whole, "a worker died merging partials")
 
     def close(self) -> None:
         self._ray.shutdown()
+
+    def _get(self, reference: Any, if_dead: str) -> Any:
+        """The value behind a reference. An error that a job raised is raised here as it was."""
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayActorError as error:
+            raise RunError(
+                f"{if_dead} ({error.__class__.__name__}); "
+                "nothing that was checkpointed is lost: run the same command with --resume"
+            ) from error
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from error
 
 
 def start_workers(config: RunConfig) -> Workers:

@@ -24,6 +24,7 @@ from federation.errors import CheckpointError, FedquiltError, RunError, StoreErr
 from server.checkpoint import checksum, rounds
 from simulations.federate import HISTORY_NAME, RoundReport, federate, last_checkpoint, read_history
 from simulations.runs import MAIN, run
+from simulations.worker import Worker
 from simulations.workers import RayWorkers
 from tests.simulations.tiny import Interrupt, interrupt_at, one_thread, simulate, tiny_config, tiny_setup
 
@@ -119,7 +120,7 @@ def test_dead_before_or_after_any_step_it_resumes_to_the_same_bits(
     assert [line["round_index"] for line in read_history(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_killed_worker_ends_the_run_with_words_and_resume_goes_on(undisturbed: str, tmp_path: Path) -> None:
+def test_a_killed_or_failing_worker_ends_the_run_with_words_and_resume_goes_on(undisturbed: str, tmp_path: Path) -> None:
     config = tiny_config("federation.workers=2")
     workers = RayWorkers(config)
 
@@ -128,7 +129,13 @@ def test_a_killed_worker_ends_the_run_with_words_and_resume_goes_on(undisturbed:
             ((_, _, pid),) = workers.run(lambda worker: (None, os.getpid()), [()])
             os.kill(pid, signal.SIGKILL)
 
+    def fail(worker: Worker) -> None:
+        raise StoreError("shard 3 is full")
+
     try:
+        with pytest.raises(StoreError) as raised:
+            list(workers.run(fail, [()]))
+        assert (type(raised.value), str(raised.value)) == (StoreError, "shard 3 is full")
         with pytest.raises(RunError, match=r"worker 0 died in job \d of \d .*nothing .* is lost.*--resume"):
             federate(tiny_setup(config), workers, range(60), tmp_path, False, kill_a_worker)
         with pytest.raises(RunError, match=r"worker died merging .*nothing .* is lost.*--resume"):
