@@ -1,7 +1,7 @@
 """New users, served by every method and measured on the test part of their own data.
 
-Tuning effort is equal: each method's rate and steps are chosen from one grid, on training users' test parts. New
-users never choose anything.
+Tuning effort is equal: each method's rate and steps are chosen from one grid, on the test parts of training users
+whom no federation has visited, so that a trained pool has no advantage there. New users never choose anything.
 """
 
 from __future__ import annotations
@@ -79,21 +79,26 @@ def evaluate(workers: Workers, population: Population, trained: Trained, progres
     return Evaluation(new_ids, population.groups(new_ids), results, proposed, modules)
 
 
+def federated_users(population: Population, config: RunConfig) -> range | UserIds:
+    """The training users that take part in federations: all but those that later choose rates and steps."""
+    train = population.users("train")
+    return train[: len(train) - config.evaluate.tuning_users] if config.evaluate.methods else train
+
+
 def evaluated_users(population: Population, config: RunConfig) -> tuple[UserIds, UserIds]:
-    """The training users that choose rates and steps, and the new users, spread evenly over their ids.
+    """The training users that choose rates and steps, kept out of the federations, and the new users measured.
 
     Raises PopulationError when the population has fewer.
     """
     chosen = []
-    for split, wanted in (("train", config.evaluate.tuning_users), ("new", config.evaluate.users)):
-        users = population.users(split)
+    for split, key in (("train", "tuning_users"), ("new", "users")):
+        users, wanted = population.users(split), getattr(config.evaluate, key)
         if len(users) < wanted:
             raise PopulationError(
                 f"evaluation wants {wanted} {split} users, the population {population.name!r} has {len(users)}; "
-                f"lower evaluate.{'tuning_users' if split == 'train' else 'users'} or give more users"
+                f"lower evaluate.{key} or give more users"
             )
-        positions = np.linspace(0, len(users) - 1, wanted).round().astype(np.int64)
-        chosen.append(as_array(users)[positions])
+        chosen.append(as_array(users[len(users) - wanted :]))
     return chosen[0], chosen[1]
 
 

@@ -45,7 +45,7 @@ def personal_rows(run: Path, user_id: int) -> tuple[PooledModel, dict[str, Tenso
             f"{sorted(record.get('methods', {}))}; run it with {METHOD!r} in evaluate.methods"
         )
     config = parse(RunConfig, record["config"])
-    worker = Worker(config, one_thread=False)
+    worker = Worker(config)
     _check_population(worker.population, record, user_id)
     setup = worker.setup(config)
     trained = Trained(config, {MAIN: _pool(setup, run, record)}, {})

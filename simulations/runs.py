@@ -16,7 +16,7 @@ from federation.data.population import Population
 from federation.errors import ConfigError, RunError
 from federation.update import Values
 from server.checkpoint import checksum
-from simulations.evaluate import Evaluation, evaluate
+from simulations.evaluate import Evaluation, evaluate, federated_users
 from simulations.federate import RoundReport, federate, identity, last_checkpoint, read_history
 from simulations.methods import methods_of, sources_of
 from simulations.populations import make_population
@@ -70,7 +70,7 @@ def run(config: RunConfig, out: Path, resume: bool = False, progress: Progress |
         for name, federation in federations.items():
             setup = set_up(federation, model, first_pool(federation, population))
             with _Observer(out, name, federation.federation.rounds, progress) as observer:
-                state = federate(setup, workers, population.users("train"), out / name, resume, observer)
+                state = federate(setup, workers, federated_users(population, federation), out / name, resume, observer)
             trained[name] = state.values
         evaluation = _evaluate(config, population, workers, federations, trained, progress)
     finally:

@@ -120,7 +120,9 @@ def test_dead_before_or_after_any_step_it_resumes_to_the_same_bits(
     assert [line["round_index"] for line in read_history(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_killed_or_failing_worker_ends_the_run_with_words_and_resume_goes_on(undisturbed: str, tmp_path: Path) -> None:
+def test_a_killed_or_failing_worker_ends_the_run_with_words_and_resume_goes_on(
+    undisturbed: str, tmp_path: Path
+) -> None:
     config = tiny_config("federation.workers=2")
     workers = RayWorkers(config)
 
