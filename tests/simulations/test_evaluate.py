@@ -62,7 +62,7 @@ def trained_of(config: RunConfig) -> Trained:
     narrow = config.pool.model_copy(update={"rank": config.gate.budget})
     everyone = config.gate.model_copy(update={"policy": "all"})
     shared = config.model_copy(update={"pool": narrow, "gate": everyone})
-    worker, values = Worker(config, one_thread=False), {}
+    worker, values = Worker(config), {}
     generator = torch.Generator().manual_seed(4)
     for name, own in (("pool", config), ("shared", shared)):
         first = worker.setup(own).begin().values
@@ -92,7 +92,7 @@ class House:
 @pytest.fixture(scope="module")
 def house() -> House:
     trained = trained_of(config_of())
-    worker = Worker(trained.config, one_thread=False)
+    worker = Worker(trained.config)
     _, packed = propose_masks(worker, trained, IDS)
     return House(worker, trained, packed)
 
