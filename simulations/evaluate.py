@@ -80,9 +80,15 @@ def evaluate(workers: Workers, population: Population, trained: Trained, progres
 
 
 def federated_users(population: Population, config: RunConfig) -> range | UserIds:
-    """The training users that take part in federations: all but those that later choose rates and steps."""
+    """The training users that take part in federations: all but those that later choose rates and steps.
+
+    Raises PopulationError when there are too few to evaluate: before a federation spends its time.
+    """
     train = population.users("train")
-    return train[: len(train) - config.evaluate.tuning_users] if config.evaluate.methods else train
+    if not config.evaluate.methods:
+        return train
+    tuning_ids, _ = evaluated_users(population, config)
+    return train[: len(train) - len(tuning_ids)]
 
 
 def evaluated_users(population: Population, config: RunConfig) -> tuple[UserIds, UserIds]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,10 +63,11 @@ def federate(
     checkpoints, users_folder = folder / "checkpoints", folder / "users"
     if checkpoint.rounds(checkpoints) and not resume:
         raise RunError(f"{folder} holds a federation already; resume it, or give another folder")
-    state = _last_state(setup, checkpoints) if resume else None
+    started_as = {"config": identity(setup.config), "users": _name_of(train_users)}
+    state = _last_state(setup, checkpoints, started_as) if resume else None
     if state is None:
         state = setup.begin()
-        _save(setup, state, checkpoints)
+        _save(state, checkpoints, started_as)
     _on_store(workers, setup, users_folder, UserStore.rewind, state.round_index)
     history = _History(folder, state.round_index)
     started = time.perf_counter()
@@ -78,7 +80,7 @@ def federate(
         started = ended  # so a checkpoint's time counts in the round after it
         history.add(finished)  # before its checkpoint: a resume drops the rounds that it does again
         if round_index % federation.checkpoint_every == 0 or round_index == federation.rounds:
-            _save(setup, state, checkpoints)
+            _save(state, checkpoints, started_as)
             _on_store(workers, setup, users_folder, UserStore.compact, min(checkpoint.rounds(checkpoints)))
         on_round(finished)
     return state
@@ -170,21 +172,27 @@ def _on_store(
         pass
 
 
-def _last_state(setup: Setup, checkpoints: Path) -> ServerState | None:
+def _last_state(setup: Setup, checkpoints: Path, started_as: Mapping[str, Any]) -> ServerState | None:
     if not checkpoint.rounds(checkpoints):
         return None
     found = checkpoint.load_latest(checkpoints)
-    if found.meta["config"] != identity(setup.config):
+    if other := [key for key, value in started_as.items() if found.meta.get(key) != value]:
         raise RunError(
-            f"a run resumes with the configuration it was started with, {checkpoints.parent} was started with another; "
-            "give that one, or another --out"
+            f"a run resumes with the configuration and the training users it was started with, "
+            f"{checkpoints.parent} was started with other {' and '.join(other)}; give those, or another --out"
         )
     return from_checkpoint(found, setup.rules)
 
 
-def _save(setup: Setup, state: ServerState, checkpoints: Path) -> None:
-    meta = {"version": state.version, "config": identity(setup.config)}
-    checkpoint.save(checkpoints, state.round_index, to_parts(state), meta)
+def _save(state: ServerState, checkpoints: Path, started_as: Mapping[str, Any]) -> None:
+    checkpoint.save(checkpoints, state.round_index, to_parts(state), {"version": state.version, **started_as})
+
+
+def _name_of(train_users: range | UserIds) -> str:
+    """A name for the users that cohorts are drawn from: another installation or split has others under these ids."""
+    if isinstance(train_users, range):
+        return repr(train_users)
+    return hashlib.blake2b(as_array(train_users).tobytes(), digest_size=8).hexdigest()
 
 
 def identity(config: RunConfig) -> dict[str, Any]:

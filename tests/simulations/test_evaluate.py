@@ -22,7 +22,7 @@ from federation.formats import RowFormat
 from federation.state import GATE_SECTION
 from federation.streams import Streams, UserIds
 from federation.update import Schema, Section, SectionSpec
-from simulations.evaluate import Evaluation, MethodResult, evaluate, evaluated_users, plans_of
+from simulations.evaluate import Evaluation, MethodResult, evaluate, evaluated_users, federated_users, plans_of
 from simulations.methods import Method, known_methods
 from simulations.populations import POPULATIONS, make_population
 from simulations.populations.synthetic import SyntheticPopulation
@@ -342,6 +342,18 @@ def test_the_choice_is_the_best_of_the_grid_on_training_users(evaluation: Evalua
         assert (result.learning_rate, result.steps) == (best.learning_rate, best.steps)
 
 
+def test_who_chooses_takes_no_part_in_the_federations_and_is_never_measured(house: House) -> None:
+    population, config = house.worker.population, house.trained.config
+    tuning_ids, new_ids = (set(ids.tolist()) for ids in evaluated_users(population, config))
+    federated = set(federated_users(population, config))
+    assert (len(tuning_ids), len(new_ids)) == (5, 8)
+    assert tuning_ids | federated == set(population.users("train"))
+    assert not tuning_ids & federated
+    assert new_ids <= set(population.users("new"))
+    everyone = federated_users(population, config_of("evaluate.methods=[]"))
+    assert list(everyone) == list(population.users("train"))
+
+
 def test_a_rate_that_diverges_is_never_chosen() -> None:
     config = config_of("evaluate.learning_rates=[1e30, 0.01]", "evaluate.methods=['dense_lora', 'dsa_t2']")
     evaluation = evaluation_of(config)
@@ -427,7 +439,7 @@ def test_the_figures_of_a_row() -> None:
         return MethodResult(method, 0.1, 5, loss_u, np.array([10.0, 20.0, 30.0, 40.0]), 0.25, 0.5)
 
     groups = np.array([0, 0, 1, 1])
-    entry = method_table(Evaluation(np.arange(4), groups, [result("base", base), result("x", loss)], {}))["x"]
+    entry = method_table(Evaluation(np.arange(4), groups, [result("base", base), result("x", loss)], {}, []))["x"]
     gains = sorted([1.0, -0.5, 3.0, 0.0])
     assert entry["mean"] == pytest.approx(sum(gains) / 4)
     assert entry["p10"] == pytest.approx(gains[0] + 0.3 * (gains[1] - gains[0]))

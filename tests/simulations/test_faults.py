@@ -26,7 +26,7 @@ from simulations.federate import HISTORY_NAME, RoundReport, federate, last_check
 from simulations.runs import MAIN, run
 from simulations.worker import Worker
 from simulations.workers import RayWorkers
-from tests.simulations.tiny import Interrupt, interrupt_at, one_thread, simulate, tiny_config, tiny_setup
+from tests.simulations.tiny import Interrupt, interrupt_at, simulate, tiny_config, tiny_setup
 
 PATIENCE_SECONDS = 120
 
@@ -39,8 +39,7 @@ def run_or_resume(config: RunConfig, folder: Path, file_bytes: int | None) -> No
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     try:
-        with one_thread():
-            run(config, folder, resume=True)
+        run(config, folder, resume=True)
     except FedquiltError as error:
         (folder / "error").write_text(f"{type(error).__name__}: {error}")
 
@@ -254,5 +253,4 @@ def test_files_that_may_not_grow_end_the_run_with_words_and_resume_goes_on(
     folder.mkdir()
     assert finish(start(tiny_config(), folder, file_bytes)) == 0
     assert re.match(words, (folder / "error").read_text())
-    with one_thread():
-        assert run(tiny_config(), folder, resume=True).record["checksum"] == undisturbed
+    assert run(tiny_config(), folder, resume=True).record["checksum"] == undisturbed

@@ -15,9 +15,8 @@ from client.store import UserStore, shard_of
 from federation import masks
 from federation.errors import ConfigError, FedquiltError, PluginError, PopulationError, RunError
 from federation.state import GATE_SECTION
-from federation.streams import Streams
+from federation.streams import Streams, UserIds
 from server.checkpoint import checksum, rounds
-from simulations.evaluate import evaluated_users
 from simulations.federate import (
     RoundReport,
     cut,
@@ -28,11 +27,10 @@ from simulations.federate import (
     read_history,
 )
 from simulations.methods import methods_of
-from simulations.populations import make_population
 from simulations.record import read_record
-from simulations.runs import run
+from simulations.runs import MAIN, run
 from simulations.worker import Broadcast, Worker, run_chunk
-from simulations.workers import RayWorkers
+from simulations.workers import InProcess, RayWorkers
 from tests.simulations.tiny import Interrupt, interrupt_at, simulate, tiny_config, tiny_setup
 
 # -------------------------------------------------------------------------------- who works
@@ -106,7 +104,7 @@ def test_another_configuration_does_not_resume_and_spoils_nothing(
 ) -> None:
     with pytest.raises(Interrupt):
         simulate(tiny_config(), tmp_path, on_round=interrupt_at(3))
-    with pytest.raises(RunError, match=r"resumes with the configuration it was started with.*another --out"):
+    with pytest.raises(RunError, match=r"started with other config; give those, or another --out"):
         simulate(tiny_config(override), tmp_path, resume=True)
     assert simulate(tiny_config(), tmp_path, resume=True) == undisturbed
 
@@ -130,6 +128,18 @@ def test_a_chunk_that_is_done_again_gives_the_same_and_keeps_the_same(tmp_path: 
     assert users_again.visits_u.tolist() == [2] * 10
     assert not torch.equal(chunk(4)[0][GATE_SECTION], rows[GATE_SECTION])
     worker.close()
+
+
+@pytest.mark.parametrize("users", [range(59), range(1, 61), np.arange(60), np.arange(60)[::-1].copy()])
+def test_other_training_users_do_not_resume(tmp_path: Path, users: range | UserIds) -> None:
+    """Cohorts would be drawn from others, so it would be another federation from there on."""
+    config = tiny_config()
+    with pytest.raises(Interrupt):
+        simulate(config, tmp_path, on_round=interrupt_at(3))
+    workers = InProcess(config)
+    with pytest.raises(RunError, match=r"started with other users; give those, or another --out"):
+        federate(tiny_setup(config), workers, users, tmp_path, True, interrupt_at(4))
+    workers.close()
 
 
 # -------------------------------------------------------------------------------- what a run leaves
@@ -242,13 +252,21 @@ def test_chunks_are_the_cohort_cut_by_shard() -> None:
 def test_too_few_users_are_refused_with_what_to_change(tmp_path: Path) -> None:
     with pytest.raises(PopulationError, match=r"cohort of 61 .* the population has 60; lower federation.cohort"):
         simulate(tiny_config("federation.cohort=61"), tmp_path)
-    population = make_population(tiny_config().population)
-    for override, message in (
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
         ("evaluate.users=21", r"wants 21 new users, .*'synthetic' has 20; lower evaluate.users"),
         ("evaluate.tuning_users=61", r"wants 61 train users, .* has 60; lower evaluate.tuning_users"),
-    ):
-        with pytest.raises(PopulationError, match=message):
-            evaluated_users(population, tiny_config(override))
+    ],
+)
+def test_too_few_users_to_evaluate_are_refused_before_anything_is_trained(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(PopulationError, match=message):
+        run(tiny_config(override, "evaluate.methods=['dsa_t0']"), tmp_path / "out")
+    assert not read_history(tmp_path / "out" / MAIN)
 
 
 @pytest.mark.parametrize(

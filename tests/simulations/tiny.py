@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 from federation.config import RunConfig, load_config
 from server.checkpoint import checksum
@@ -48,22 +45,10 @@ def simulate(
     users = make_population(config.population).users("train")
     workers = start_workers(config)
     try:
-        with one_thread():
-            federate(tiny_setup(config), workers, users, folder, resume, on_round)
+        federate(tiny_setup(config), workers, users, folder, resume, on_round)
     finally:
         workers.close()
     return checksum(last_checkpoint(folder))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread, as in a worker: equal bits are promised for one thread per process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Interrupt(Exception):
