@@ -23,7 +23,7 @@ S = TypeVar("S", bound="Settings")
 class Settings(PydanticModel):
     """Base of all configuration: frozen, strict about names."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PopulationConfig(Settings):
@@ -102,9 +102,16 @@ class PluginConfig(Settings):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
+class StrategyConfig(PluginConfig):
+    """An aggregation strategy."""
+
+    name: str = "masked_mean"
+
+
 class OptimizerConfig(PluginConfig):
     """A server optimizer and its rate."""
 
+    name: str = "adam"
     learning_rate: PositiveFloat = Field(5e-3, description="learning rate in the first round")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="cosine falls to zero over the rounds")
 
@@ -132,7 +139,7 @@ class EvaluateConfig(Settings):
     """How new users are served and measured."""
 
     methods: tuple[str, ...] = Field((), description="rows of the table; empty leaves evaluation out")
-    users: PositiveInt = Field(96, description="new users measured")
+    users: int = Field(96, ge=2, description="new users measured")
     tuning_users: PositiveInt = Field(16, description="training users on whose test part rates and steps are chosen")
     steps: tuple[PositiveInt, ...] = Field((20, 40), description="Adam steps to choose from")
     learning_rates: tuple[PositiveFloat, ...] = Field((3e-3, 1e-2), description="Adam rates to choose from")
@@ -153,9 +160,9 @@ class RunConfig(Settings):
     gate: GateConfig = GateConfig()
     local: LocalConfig = LocalConfig()
     codec: CodecConfig = CodecConfig()
-    strategy: PluginConfig = PluginConfig(name="masked_mean")
-    pool_optimizer: OptimizerConfig = OptimizerConfig(name="adam")
-    gate_optimizer: OptimizerConfig = OptimizerConfig(name="adam")
+    strategy: StrategyConfig = StrategyConfig()
+    pool_optimizer: OptimizerConfig = OptimizerConfig()
+    gate_optimizer: OptimizerConfig = OptimizerConfig()
     limits: LimitsConfig = LimitsConfig()
     federation: FederationConfig = FederationConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -53,6 +53,11 @@ def methods_of(config: RunConfig) -> list[Method]:
     for name, method in zip(chosen, methods, strict=True):
         if method is None:
             raise ConfigError(f"unknown method {name!r} in evaluate.methods; {suggest(name, known)}")
+        if method.mask in ("gate", "other") and config.gate.policy != "gate":
+            raise ConfigError(
+                f"the method {name!r} takes a gate's masks, but gate.policy is {config.gate.policy!r}; "
+                "set it to 'gate' or leave the method out"
+            )
     return [method for method in methods if method is not None]
 
 

@@ -53,19 +53,37 @@ class Run:
 def run(config: RunConfig, out: Path, resume: bool = False, progress: Progress | None = None) -> Run:
     """Runs a configuration in the folder `out`; with `resume`, continues what is there.
 
-    Raises RunError when the folder holds a run and `resume` is off, or holds another run's configuration.
+    Raises RunError when the folder holds a run and `resume` is off, when it holds another run's configuration, and
+    when it cannot be written.
     """
     progress = progress or Silent()
     if (out / CONFIG_NAME).exists() and not resume:
         raise RunError(f"{out} holds a run already; continue it with --resume, or give another --out")
-    _claim(out, config)
+    try:
+        _claim(out, config)
+        record, evaluation = _train_and_serve(config, out, resume, progress)
+        write_json(out / RECORD_NAME, record)
+        if evaluation is not None:
+            write_json(out / USERS_NAME, users_table(evaluation))
+    except OSError as error:
+        raise RunError(
+            f"a run writes to its folder, {out} cannot be written ({error}); nothing that was checkpointed is lost: "
+            "make room and run the same command with --resume"
+        ) from error
+    return Run(out, record, evaluation)
+
+
+def _train_and_serve(
+    config: RunConfig, out: Path, resume: bool, progress: Progress
+) -> tuple[dict[str, Any], Evaluation | None]:
+    federations = _federations(config)
     started = time.perf_counter()
+    before = sum(line["seconds"] for name in federations for line in read_history(out / name))
     prepare_base(config, progress)
     population = make_population(config.population)
     model = wrap(config, population.base_model())
     workers = start_workers(config)
     try:
-        federations = _federations(config)
         trained = {}
         for name, federation in federations.items():
             setup = set_up(federation, model, first_pool(federation, population))
@@ -75,11 +93,7 @@ def run(config: RunConfig, out: Path, resume: bool = False, progress: Progress |
         evaluation = _evaluate(config, population, workers, federations, trained, progress)
     finally:
         workers.close()
-    record = _record(config, population, out, evaluation, time.perf_counter() - started)
-    write_json(out / RECORD_NAME, record)
-    if evaluation is not None:
-        write_json(out / USERS_NAME, users_table(evaluation))
-    return Run(out, record, evaluation)
+    return _record(config, population, out, evaluation, before + time.perf_counter() - started), evaluation
 
 
 def _claim(out: Path, config: RunConfig) -> None:

@@ -146,3 +146,15 @@ def test_every_field_says_what_it_is() -> None:
         return names
 
     assert undescribed(RunConfig) == []
+
+
+def test_a_plugins_option_alone_keeps_the_default_plugin() -> None:
+    config = load_config(None, ["strategy.options.kappa=1.0", "pool_optimizer.learning_rate=0.1"])
+    assert (config.strategy.name, config.strategy.options) == ("masked_mean", {"kappa": 1.0})
+    assert (config.pool_optimizer.name, config.pool_optimizer.learning_rate) == ("adam", 0.1)
+
+
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_numbers_are_finite(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"local\.learning_rate: .*finite"):
+        load_config(None, [f"local.learning_rate={value}"])
