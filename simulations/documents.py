@@ -2,8 +2,11 @@
 
 A document marks what is rendered, and a test holds it equal to its source:
 
-    <!-- table: simulations/results/code.json -->          the result table of a record
-    <!-- figures: simulations/results/throughput-w1.json --> the figures of a benchmark's record
+    <!-- table: simulations/results/code.json -->        the result table of a run's record
+    <!-- seeds: simulations/results/evidence.json -->    a sweep's methods over its seeds
+    <!-- claims: simulations/results/evidence.json -->   paired differences of methods, over a sweep's seeds
+    <!-- masks: simulations/results/synthetic.json -->   how near masks come to the best ones
+    <!-- line: simulations/results/throughput-w1.json -->  a benchmark's figures
     <!-- source: tests/plugins/installed/sign_mean.py -->  a file, as a block of code
     <!-- end -->
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,25 @@ from simulations import tables
 
 HOUSE = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "docs/results.md")
-_BLOCK = re.compile(r"<!-- (table|figures|source): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+CLAIMS = (
+    ("dsa_t2", "base"),
+    ("dsa_t2", "shared"),
+    ("dsa_t2", "dense_lora"),
+    ("dsa_t0", "shared"),
+    ("dsa_t0", "random_mask"),
+    ("dsa_t0", "random_mask_random_pool"),
+    ("dsa_t0", "other_mask"),
+    ("dsa_t0", "saliency_mask"),
+    ("dsa_t1", "shared_scales"),
+    ("dsa_t2@fp16", "shared_tuned"),
+    ("dsa_t2", "shared_tuned_compressed"),
+    ("dsa_t2@ternary:0.2", "shared_tuned@ternary:0.2"),
+    ("dsa_t2@ternary:0.05", "shared_tuned@ternary:0.05"),
+    ("dsa_t2", "dense_lora_compressed"),
+    ("dsa_t2_cache", "ngram_cache"),
+)
+_BLOCK = re.compile(r"<!-- (\w+): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+Record = dict[str, Any]
 
 
 def rendered(text: str) -> str:
@@ -30,28 +52,77 @@ def rendered(text: str) -> str:
 def _render(match: re.Match[str]) -> str:
     kind, source = match.groups()
     path = HOUSE / source
-    body = {"table": _table, "figures": _figures, "source": _source}[kind](path)
+    if kind == "source":
+        body = f"```python\n{path.read_text().strip()}\n```"
+    else:
+        body = f"{_KINDS[kind](json.loads(path.read_text()))}\n\nRecord: `{source}`."
     return f"<!-- {kind}: {source} -->\n{body}\n<!-- end -->"
 
 
-def _table(path: Path) -> str:
-    record: dict[str, Any] = json.loads(path.read_text())
-    table = tables.result_table(record)
-    return f"{tables.markdown(table)}\n\n*{tables.caption(record)}* Record: `{path.relative_to(HOUSE)}`."
+def _table(record: Record) -> str:
+    return f"{tables.markdown(tables.result_table(record))}\n\n{tables.caption(record)}"
 
 
-def _figures(path: Path) -> str:
-    record: dict[str, Any] = json.loads(path.read_text())
-    lines = [f"| {key} | {_figure(value)} |" for key, value in record["figures"].items()]
-    return "\n".join(["| figure | value |", "|---|---|", *lines, "", f"Record: `{path.relative_to(HOUSE)}`."])
+def _seeds(record: Record) -> str:
+    summary = _only_variant(record)
+    rows = [
+        (
+            f"`{name}`",
+            f"{method['gain']['mean']:.4f}",
+            f"{method['gain']['low']:.4f} to {method['gain']['high']:.4f}",
+            tables.percent(method["harmed"]),
+            f"{method['bytes_per_user']:,.0f}",
+            ", ".join(f"{gain:.4f}" for gain in method["seed_gains"]),
+        )
+        for name, method in summary["methods"].items()
+    ]
+    head = ("method", "gain", "95% interval", "harmed", "bytes", "by seed")
+    return _markdown(head, rows) + f"\n\n{summary['users']} new users of {summary['groups']} projects."
 
 
-def _figure(value: object) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+def _claims(record: Record) -> str:
+    pairs = {(c["a"], c["b"]): (c, 1) for c in _only_variant(record)["comparisons"]}
+    pairs |= {(b, a): (c, -1) for (a, b), (c, _) in pairs.items()}
+    rows = []
+    for a, b in CLAIMS:
+        found, sign = pairs[a, b]
+        low, high = sorted((sign * found["low"], sign * found["high"]))
+        difference = sign * found["difference"]
+        rows.append(
+            (f"`{a}` - `{b}`", f"{difference:+.4f}", f"{difference / found['se']:+.1f}", f"{low:+.4f} to {high:+.4f}")
+        )
+    return _markdown(("difference of gains", "mean", "in standard errors", "95% interval"), rows)
 
 
-def _source(path: Path) -> str:
-    return f"```python\n{path.read_text().strip()}\n```"
+def _masks(record: Record) -> str:
+    rows = [(rule, f"{q['f1']:.3f}", f"{q['f1_of_type']:.3f}") for rule, q in record["masks"].items()]
+    return _markdown(("mask", "F1 against the user's best", "F1 against its type's habit"), rows)
+
+
+def _line(record: Record) -> str:
+    keys = ("workload", "engine_fp32", "naive", "ratio", "max_relative_difference", "users", "block")
+    values = {key: record[key] for key in keys}
+    rows = [(key, f"{value:,.4g}" if isinstance(value, float) else value) for key, value in values.items()]
+    return _markdown(("figure", "value"), rows)
+
+
+def _only_variant(record: Record) -> Record:
+    (summary,) = record["variants"].values()
+    return dict(summary)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
+
+
+_KINDS: dict[str, Callable[[Record], str]] = {
+    "table": _table,
+    "seeds": _seeds,
+    "claims": _claims,
+    "masks": _masks,
+    "line": _line,
+}
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ whom no federation has visited, so that a trained pool has no advantage there. N
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +22,11 @@ from federation.pool.spec import SECTION_PREFIX
 from federation.streams import UserIds
 from simulations.cached import fitted_weights, mixed_loss
 from simulations.methods import Method, methods_of
+from simulations.progress import Progress, Stage
 from simulations.serve import Plan, Served, Trained, propose_masks, serve_block
 from simulations.statistics import Floats
 from simulations.worker import blocks
-from simulations.workers import Workers
-
-Progress = Callable[[int, int], None]
-"""Told how much of the work is done, and how much there is, in blocks of users."""
+from simulations.workers import Job, Workers
 
 
 @dataclass(frozen=True)
@@ -64,14 +62,16 @@ def evaluate(workers: Workers, population: Population, trained: Trained, progres
     methods = methods_of(config)
     tuning_ids, new_ids = evaluated_users(population, config)
     tuning_blocks, new_blocks = _cut(tuning_ids, config), _cut(new_ids, config)
-    done = _Counter(progress, 2 * len(tuning_blocks) + 2 * len(new_blocks))
     shared = workers.share(trained)
-    tuning_masks = _propose(workers, shared, tuning_ids, tuning_blocks, done)
-    new_masks = _propose(workers, shared, new_ids, new_blocks, done)
+
+    tuning, serving = len(tuning_blocks), len(new_blocks)
+    stage = progress.stage
+    tuning_masks = _propose(workers, shared, tuning_ids, tuning_blocks, stage("propose masks", tuning))
     grid = [plan for method in methods for plan in plans_of(method, config)]
-    trials = _serve(workers, shared, tuning_ids, tuning_blocks, tuning_masks, grid, done)
+    trials = _serve(workers, shared, tuning_ids, tuning_blocks, tuning_masks, grid, stage("choose rates", tuning))
     chosen = [min(plans_of(method, config), key=lambda plan: _mean_loss(trials[plan])) for method in methods]
-    served = _serve(workers, shared, new_ids, new_blocks, new_masks, chosen, done)
+    new_masks = _propose(workers, shared, new_ids, new_blocks, stage("propose new masks", serving))
+    served = _serve(workers, shared, new_ids, new_blocks, new_masks, chosen, stage("serve new users", serving))
     modules = [name.removeprefix(SECTION_PREFIX) for name in trained.values["pool"] if name.startswith(SECTION_PREFIX)]
     units = config.pool.rank * len(modules)
     results = [_result(plan, served[plan], trials[plan]) for plan in chosen]
@@ -115,28 +115,24 @@ def plans_of(method: Method, config: RunConfig) -> list[Plan]:
     return [Plan(method, rate, steps) for rate in config.evaluate.learning_rates for steps in config.evaluate.steps]
 
 
-class _Counter:
-    """Counts finished blocks for the progress bar."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
-
-    def step(self) -> None:
-        self._done += 1
-        self._progress(self._done, self._total)
-
-
 def _cut(ids: UserIds, config: RunConfig) -> list[slice]:
     return list(blocks(len(ids), config.evaluate.block))
 
 
-def _propose(workers: Workers, trained: Any, ids: UserIds, parts: Sequence[slice], done: _Counter) -> dict[str, Tensor]:
+def _run_all(workers: Workers, job: Job, arguments: Sequence[tuple[Any, ...]], stage: Stage) -> list[Any]:
+    """Every job's report, in the jobs' order."""
+    found: dict[int, Any] = {}
+    for position, _, report in workers.run(job, arguments):
+        found[position] = report
+        stage.update(len(found), "")
+    stage.close()
+    return [found[position] for position in range(len(arguments))]
+
+
+def _propose(workers: Workers, trained: Any, ids: UserIds, parts: Sequence[slice], stage: Stage) -> dict[str, Tensor]:
     """Every kind of mask for every user, packed; "other" is the gate's mask of a user half the list away."""
-    found: dict[int, Mapping[str, Tensor]] = {}
-    for position, _, proposals in workers.run(propose_masks, [(trained, ids[part]) for part in parts]):
-        found[position] = proposals
-        done.step()
-    packed = {name: torch.cat([found[i][name] for i in range(len(parts))]) for name in found[0]}
+    proposals = _run_all(workers, propose_masks, [(trained, ids[part]) for part in parts], stage)
+    packed = {name: torch.cat([proposal[name] for proposal in proposals]) for name in proposals[0]}
     return packed | {"other": packed["gate"].roll(len(ids) // 2, 0)} if "gate" in packed else packed
 
 
@@ -147,15 +143,12 @@ def _serve(
     parts: Sequence[slice],
     packed: Mapping[str, Tensor],
     plans: Sequence[Plan],
-    done: _Counter,
+    stage: Stage,
 ) -> dict[Plan, list[Served]]:
     """Each plan's results, block after block."""
     jobs = [(trained, ids[part], {name: mask[part] for name, mask in packed.items()}, plans) for part in parts]
-    found: dict[int, Mapping[Plan, Served]] = {}
-    for position, _, served in workers.run(serve_block, jobs):
-        found[position] = served
-        done.step()
-    return {plan: [found[i][plan] for i in range(len(parts))] for plan in plans}
+    served = _run_all(workers, serve_block, jobs, stage)
+    return {plan: [block[plan] for block in served] for plan in plans}
 
 
 def _mean_loss(served: Sequence[Served]) -> float:

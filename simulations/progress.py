@@ -13,8 +13,8 @@ from rich.progress import Progress as RichProgress
 class Stage(Protocol):
     """One stage of a run."""
 
-    def update(self, done: int, note: str, total: int | None = None) -> None:
-        """So much is done; `total` where it was not known when the stage began."""
+    def update(self, done: int, note: str) -> None:
+        """So much is done, and what there is to say."""
         ...
 
     def close(self) -> None:
@@ -25,20 +25,20 @@ class Stage(Protocol):
 class Progress(Protocol):
     """Where stages are shown."""
 
-    def stage(self, name: str, total: int | None) -> Stage:
-        """Begins a stage of `total` steps (None where it is not known yet)."""
+    def stage(self, name: str, total: int) -> Stage:
+        """Begins a stage of `total` steps."""
         ...
 
 
 class Silent:
     """Shows nothing: for tests and notebooks."""
 
-    def stage(self, name: str, total: int | None) -> Stage:
+    def stage(self, name: str, total: int) -> Stage:
         return _SilentStage()
 
 
 class _SilentStage:
-    def update(self, done: int, note: str, total: int | None = None) -> None: ...
+    def update(self, done: int, note: str) -> None: ...
 
     def close(self) -> None: ...
 
@@ -65,7 +65,7 @@ class Terminal:
     ) -> None:
         self._rich.stop()
 
-    def stage(self, name: str, total: int | None) -> Stage:
+    def stage(self, name: str, total: int) -> Stage:
         return _TerminalStage(self._rich, self._rich.add_task(name, total=total, note=""))
 
 
@@ -73,8 +73,8 @@ class _TerminalStage:
     def __init__(self, rich: RichProgress, task: TaskID) -> None:
         self._rich, self._task = rich, task
 
-    def update(self, done: int, note: str, total: int | None = None) -> None:
-        self._rich.update(self._task, completed=done, note=note, total=total)  # None leaves the total as it is
+    def update(self, done: int, note: str) -> None:
+        self._rich.update(self._task, completed=done, note=note)
 
     def close(self) -> None:
         self._rich.stop_task(self._task)

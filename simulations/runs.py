@@ -204,12 +204,7 @@ def _evaluate(
 ) -> Evaluation | None:
     if not config.evaluate.methods:
         return None
-    stage = progress.stage("serve new users", None)
-    result = evaluate(
-        workers, population, Trained(config, values, federations), lambda done, total: stage.update(done, "", total)
-    )
-    stage.close()
-    return result
+    return evaluate(workers, population, Trained(config, values, federations), progress)
 
 
 def _record(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from simulations.evaluate import Evaluation, MethodResult, evaluate, evaluated_u
 from simulations.methods import Method, known_methods
 from simulations.populations import POPULATIONS, make_population
 from simulations.populations.synthetic import SyntheticPopulation
+from simulations.progress import Silent, Stage
 from simulations.record import method_table
 from simulations.serve import (
     Plan,
@@ -104,7 +106,7 @@ def evaluation() -> Evaluation:
 
 def evaluation_of(config: RunConfig) -> Evaluation:
     population = make_population(config.population)
-    return evaluate(InProcess(config), population, trained_of(config), lambda done, total: None)
+    return evaluate(InProcess(config), population, trained_of(config), Silent())
 
 
 # -------------------------------------------------------------------------------- the plain twin
@@ -389,11 +391,19 @@ def test_the_cut_into_blocks_changes_nothing(evaluation: Evaluation) -> None:
 
 
 def test_progress_ends_with_all_of_the_work() -> None:
-    config, told = config_of("evaluate.methods=['dsa_t0']"), []
-    population = make_population(config.population)
-    evaluate(InProcess(config), population, trained_of(config), lambda done, total: told.append((done, total)))
-    blocks = 2 * math.ceil(5 / 3) + 2 * math.ceil(8 / 3)
-    assert told == [(done, blocks) for done in range(1, blocks + 1)]
+    told: list[tuple[str, int, int]] = []
+
+    class Told(Silent):
+        def stage(self, name: str, total: int) -> Stage:
+            stage = Mock()
+            stage.update.side_effect = lambda done, note: told.append((name, done, total))
+            return stage
+
+    config = config_of("evaluate.methods=['dsa_t0']")
+    evaluate(InProcess(config), make_population(config.population), trained_of(config), Told())
+    tuning, new = math.ceil(5 / 3), math.ceil(8 / 3)
+    stages = [("propose masks", tuning), ("choose rates", tuning), ("propose new masks", new), ("serve new users", new)]
+    assert told == [(name, done, total) for name, total in stages for done in range(1, total + 1)]
 
 
 @pytest.mark.parametrize("users", [2, 3, 5, 8])
