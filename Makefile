@@ -16,10 +16,10 @@ demo: venv
 	$(BIN)/fedquilt simulate code --out runs/demo --resume
 
 test: check
-	$(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 slow: venv
-	$(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 
 check: venv
 	$(BIN)/ruff check .
@@ -30,4 +30,4 @@ evidence: venv
 	$(BIN)/fedquilt sweep evidence --seeds 5 --out runs/evidence
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV)

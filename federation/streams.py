@@ -83,6 +83,6 @@ class Streams:
         return (radius * torch.cos(angle)).view(len(user_ids), *shape)
 
     def generator(self, purpose: str) -> torch.Generator:
-        """A torch generator on the CPU, for values that belong to no user (initialisation, cohorts)."""
+        """A torch generator on the CPU, for values that belong to no user (initialisation)."""
         low, high = self._key(purpose)
         return torch.Generator().manual_seed(low | (high & 0x7FFFFFFF) << 32)

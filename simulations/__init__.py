@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from federation.config import RunConfig
+if TYPE_CHECKING:
+    from federation.config import RunConfig
 
 
 def run(config: RunConfig, out: Path | None = None, resume: bool = False) -> Mapping[str, Any]:

@@ -18,6 +18,7 @@ from federation.data.text import TextPopulation
 from federation.errors import ConfigError
 from federation.pool.model import PooledModel
 from federation.streams import UserIds
+from simulations.methods import Method
 from simulations.ngram import Floats, Integers, cache_probabilities, fit_weights, mix
 
 
@@ -37,20 +38,29 @@ class TargetFigures:
 def target_figures(
     model: PooledModel, population: Population, user_ids: UserIds, test: Batch, nats_per_bit_u: Floats
 ) -> TargetFigures:
-    """The figures with whatever rows are bound. Raises ConfigError for a population that is not text."""
+    """The figures with whatever rows are bound."""
+    text = _of_text(population)
+    inputs, targets = test.flat()
+    log_prob = target_log_probs(model.base.module, inputs, targets).view(test.targets.shape).double().numpy()
+    support = [text.tokens(int(user), "support") for user in user_ids]
+    cache_prob, matched = cache_probabilities(support, test.inputs.numpy(), test.targets.numpy(), text.tokenizer.size)
+    counted = np.broadcast_to(test.weight.numpy()[..., None] > 0, log_prob.shape)
+    return TargetFigures(log_prob, cache_prob, matched, counted, nats_per_bit_u)
+
+
+def check_methods(methods: Sequence[Method], population: Population) -> None:
+    """Raises ConfigError when a method has a cache and the population is not text: before anything is trained."""
+    if any(method.cache for method in methods):
+        _of_text(population)
+
+
+def _of_text(population: Population) -> TextPopulation:
     if not isinstance(population, TextPopulation):
         raise ConfigError(
             f"methods with an n-gram cache need a population of text, {population.name!r} is none; "
             "take them out of evaluate.methods"
         )
-    inputs, targets = test.flat()
-    log_prob = target_log_probs(model.base.module, inputs, targets).view(test.targets.shape).double().numpy()
-    support = [population.tokens(int(user), "support") for user in user_ids]
-    cache_prob, matched = cache_probabilities(
-        support, test.inputs.numpy(), test.targets.numpy(), population.tokenizer.size
-    )
-    counted = np.broadcast_to(test.weight.numpy()[..., None] > 0, log_prob.shape)
-    return TargetFigures(log_prob, cache_prob, matched, counted, nats_per_bit_u)
+    return population
 
 
 def fitted_weights(figures: Sequence[TargetFigures]) -> Floats:

@@ -1,11 +1,12 @@
 """New users, served by every method and measured on the test part of their own data.
 
 Tuning effort is equal: each method's rate and steps are chosen from one grid, on the test parts of training users
-whom no federation has visited, so that a trained pool has no advantage there. New users never choose anything.
+whose groups no federation has visited, so that a trained pool has no advantage there. New users never choose anything.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,7 @@ def evaluate(workers: Workers, population: Population, trained: Trained, progres
     tuning_masks = _propose(workers, shared, tuning_ids, tuning_blocks, stage("propose masks", tuning))
     grid = [plan for method in methods for plan in plans_of(method, config)]
     trials = _serve(workers, shared, tuning_ids, tuning_blocks, tuning_masks, grid, stage("choose rates", tuning))
-    chosen = [min(plans_of(method, config), key=lambda plan: _mean_loss(trials[plan])) for method in methods]
+    chosen = [min(plans_of(method, config), key=lambda plan: _mean_loss(plan, trials[plan])) for method in methods]
     new_masks = _propose(workers, shared, new_ids, new_blocks, stage("propose new masks", serving))
     served = _serve(workers, shared, new_ids, new_blocks, new_masks, chosen, stage("serve new users", serving))
     modules = [name.removeprefix(SECTION_PREFIX) for name in trained.values["pool"] if name.startswith(SECTION_PREFIX)]
@@ -80,7 +81,8 @@ def evaluate(workers: Workers, population: Population, trained: Trained, progres
 
 
 def federated_users(population: Population, config: RunConfig) -> range | UserIds:
-    """The training users that take part in federations: all but those that later choose rates and steps.
+    """The training users that take part in federations: all but those that later choose rates and steps, and those
+    of the same groups.
 
     Raises PopulationError when there are too few to evaluate: before a federation spends its time.
     """
@@ -88,7 +90,9 @@ def federated_users(population: Population, config: RunConfig) -> range | UserId
     if not config.evaluate.methods:
         return train
     tuning_ids, _ = evaluated_users(population, config)
-    return train[: len(train) - len(tuning_ids)]
+    rest = train[: len(train) - len(tuning_ids)]
+    related = np.isin(population.groups(as_array(rest)), population.groups(tuning_ids))
+    return as_array(rest)[~related] if related.any() else rest
 
 
 def evaluated_users(population: Population, config: RunConfig) -> tuple[UserIds, UserIds]:
@@ -151,22 +155,27 @@ def _serve(
     return {plan: [block[plan] for block in served] for plan in plans}
 
 
-def _mean_loss(served: Sequence[Served]) -> float:
-    """Infinite for a plan that diverged: a NaN would compare as the best."""
-    return float(np.nan_to_num(np.concatenate([s.loss_u for s in served]), nan=np.inf, posinf=np.inf).mean())
+def _loss(plan: Plan, served: Sequence[Served], trial: Sequence[Served]) -> Floats:
+    """What each served user gets, with the cache if the method has one: its weights are fitted on the trial's users."""
+    if not plan.method.cache:
+        return np.concatenate([s.loss_u for s in served])
+    weight_l = fitted_weights([s.figures for s in trial if s.figures is not None])
+    return np.concatenate([mixed_loss(s.figures, weight_l) for s in served if s.figures is not None])
+
+
+def _mean_loss(plan: Plan, trial: Sequence[Served]) -> float:
+    """Of the users that choose; infinite where a rate diverged."""
+    mean = float(_loss(plan, trial, trial).mean())
+    return mean if math.isfinite(mean) else math.inf
 
 
 def _result(plan: Plan, served: Sequence[Served], trial: Sequence[Served]) -> MethodResult:
     users = sum(len(s.loss_u) for s in served)
-    loss = [s.loss_u for s in served]
-    if plan.method.cache:
-        weight_l = fitted_weights([s.figures for s in trial if s.figures is not None])
-        loss = [mixed_loss(s.figures, weight_l) for s in served if s.figures is not None]
     return MethodResult(
         method=plan.method,
         learning_rate=plan.learning_rate,
         steps=plan.steps,
-        loss_u=np.concatenate(loss),
+        loss_u=_loss(plan, served, trial),
         bytes_u=np.concatenate([s.bytes_u for s in served]).astype(np.float64),
         active_share=sum(s.active_share * len(s.loss_u) for s in served) / users,
         seconds_per_user=sum(s.seconds for s in served) / users,

@@ -31,7 +31,7 @@ HISTORY_NAME = "rounds.jsonl"
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What is known of one finished round. metrics: means over the users who took part."""
+    """What is known of one finished round. metrics: means over the admitted users."""
 
     round_index: int
     users: int
@@ -51,11 +51,13 @@ def federate(
     folder: Path,
     resume: bool,
     on_round: Callable[[RoundReport], None],
+    population: Mapping[str, Any] | None = None,
 ) -> ServerState:
     """All rounds of a federation in `folder`, or those that are left when `resume` finds a checkpoint.
 
     Killed at any moment and resumed, it ends with the same bits: users' records are keyed by round, a round's
-    effects are one checkpoint, and randomness is addressed by round and user.
+    effects are one checkpoint, and randomness is addressed by round and user. `population` is its description: a
+    resume with other data is refused.
 
     Raises RunError when the folder holds a federation and `resume` is off, or holds one of another configuration.
     """
@@ -63,7 +65,11 @@ def federate(
     checkpoints, users_folder = folder / "checkpoints", folder / "users"
     if checkpoint.rounds(checkpoints) and not resume:
         raise RunError(f"{folder} holds a federation already; resume it, or give another folder")
-    started_as = {"config": identity(setup.config), "users": _name_of(train_users)}
+    started_as = {
+        "config": identity(setup.config),
+        "training users": _fingerprint(train_users),
+        "population": json.loads(json.dumps(population or {})),
+    }
     state = _last_state(setup, checkpoints, started_as) if resume else None
     if state is None:
         state = setup.begin()
@@ -74,7 +80,8 @@ def federate(
     for round_index in range(state.round_index + 1, federation.rounds + 1):
         cohort = draw_cohort(train_users, federation.cohort, setup.streams.at("round", round_index))
         state, report = _one_round(setup, workers, state, cohort, users_folder)
-        metrics = {name: value / report.users for name, value in report.metric_sums.items()}
+        admitted = max(1, report.users - sum(report.rejected.values()))
+        metrics = {name: value / admitted for name, value in report.metric_sums.items()}
         ended = time.perf_counter()
         finished = RoundReport(round_index, report.users, report.rejected, metrics, ended - started)
         started = ended  # so a checkpoint's time counts in the round after it
@@ -178,8 +185,8 @@ def _last_state(setup: Setup, checkpoints: Path, started_as: Mapping[str, Any]) 
     found = checkpoint.load_latest(checkpoints)
     if other := [key for key, value in started_as.items() if found.meta.get(key) != value]:
         raise RunError(
-            f"a run resumes with the configuration and the training users it was started with, "
-            f"{checkpoints.parent} was started with other {' and '.join(other)}; give those, or another --out"
+            "a run resumes with the configuration, the population and the training users it was started with, "
+            f"{checkpoints.parent} was started with another {' and '.join(other)}; give those, or another --out"
         )
     return from_checkpoint(found, setup.rules)
 
@@ -188,8 +195,8 @@ def _save(state: ServerState, checkpoints: Path, started_as: Mapping[str, Any]) 
     checkpoint.save(checkpoints, state.round_index, to_parts(state), {"version": state.version, **started_as})
 
 
-def _name_of(train_users: range | UserIds) -> str:
-    """A name for the users that cohorts are drawn from: another installation or split has others under these ids."""
+def _fingerprint(train_users: range | UserIds) -> str:
+    """Tells the users that cohorts are drawn from apart from others."""
     if isinstance(train_users, range):
         return repr(train_users)
     return hashlib.blake2b(as_array(train_users).tobytes(), digest_size=8).hexdigest()

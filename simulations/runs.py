@@ -16,6 +16,7 @@ from federation.data.population import Population
 from federation.errors import ConfigError, RunError
 from federation.update import Values
 from server.checkpoint import checksum
+from simulations.cached import check_methods
 from simulations.evaluate import Evaluation, evaluate, federated_users
 from simulations.federate import RoundReport, federate, identity, last_checkpoint, read_history
 from simulations.methods import methods_of, sources_of
@@ -77,23 +78,28 @@ def _train_and_serve(
     config: RunConfig, out: Path, resume: bool, progress: Progress
 ) -> tuple[dict[str, Any], Evaluation | None]:
     federations = _federations(config)
-    started = time.perf_counter()
+    origin, started = provenance(), time.perf_counter()
     before = sum(line["seconds"] for name in federations for line in read_history(out / name))
     prepare_base(config, progress)
     population = make_population(config.population)
     model = wrap(config, population.base_model())
+    if config.evaluate.methods:
+        check_methods(methods_of(config), population)
+    described = {"name": population.name, **population.describe()}
     workers = start_workers(config)
     try:
         trained = {}
         for name, federation in federations.items():
             setup = set_up(federation, model, first_pool(federation, population))
             with _Observer(out, name, federation.federation.rounds, progress) as observer:
-                state = federate(setup, workers, federated_users(population, federation), out / name, resume, observer)
+                users = federated_users(population, federation)
+                state = federate(setup, workers, users, out / name, resume, observer, described)
             trained[name] = state.values
         evaluation = _evaluate(config, population, workers, federations, trained, progress)
     finally:
         workers.close()
-    return _record(config, population, out, evaluation, before + time.perf_counter() - started), evaluation
+    seconds = before + time.perf_counter() - started
+    return _record(config, population, out, evaluation, origin, seconds), evaluation
 
 
 def _claim(out: Path, config: RunConfig) -> None:
@@ -118,6 +124,8 @@ def reevaluate(folder: Path, overrides: Sequence[str], progress: Progress | None
     for override in overrides:
         if not override.strip().startswith("evaluate."):
             raise ConfigError(f"only evaluate.* can change once a run is finished, got {override!r}; simulate it anew")
+        if override.strip().startswith("evaluate.tuning_users"):
+            raise ConfigError(f"who chooses rates was kept out of the federations, so {override!r} needs a new run")
     config = parse(RunConfig, overridden(read_record(folder)["config"], overrides))
     for name in _federations(config):
         done = last_checkpoint(folder / name).round_index if (folder / name).is_dir() else 0
@@ -212,6 +220,7 @@ def _record(
     population: Population,
     out: Path,
     evaluation: Evaluation | None,
+    origin: Mapping[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
     rounds = read_history(out / MAIN)
@@ -219,7 +228,7 @@ def _record(
     record: dict[str, Any] = {
         "kind": config.kind,
         "name": config.name,
-        **provenance(),
+        **origin,
         "seed": config.seed,
         "config": config.model_dump(mode="json"),
         "population": {"name": population.name, **population.describe()},

@@ -5,12 +5,12 @@ A chunk is a shard's part of one cohort: the unit of work, of retry and of commi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from client.round import RoundState, local_round, round_data
@@ -121,9 +121,9 @@ def merge_reports(reports: list[ChunkReport]) -> ChunkReport:
     return ChunkReport(sum(r.users for r in reports), rejected, sums)
 
 
-def _report(update: UpdateBlock, reasons: Any) -> ChunkReport:
-    rejected: dict[str, int] = {}
-    for reason in reasons.values():
-        rejected[reason] = rejected.get(reason, 0) + 1
-    finite = {name: np.nan_to_num(values.numpy()).sum(dtype=np.float64) for name, values in update.metrics.items()}
-    return ChunkReport(len(update.weight_u), rejected, {name: float(value) for name, value in finite.items()})
+def _report(update: UpdateBlock, reasons: Mapping[int, str]) -> ChunkReport:
+    """Counts of all users, sums over the admitted ones: a metric of a rejected user need not be a number."""
+    admitted = torch.ones(len(update.weight_u), dtype=torch.bool)
+    admitted[list(reasons)] = False
+    sums = {name: float(values[admitted].double().sum()) for name, values in update.metrics.items()}
+    return ChunkReport(len(admitted), dict(Counter(reasons.values())), sums)

@@ -1,7 +1,7 @@
 """Where the work is done: in this process, or in Ray actors. Jobs are given out as workers become free.
 
-A job is a module-level function `job(worker, *args) -> (result, report)`. The result may be large and stays where it
-was made until it is folded; the report is small and comes to the driver.
+A job is a module-level function `job(worker, *args) -> (result, report)`. The result stays where it was made until it
+is folded; the report comes to the driver.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class RayWorkers:
         self._ray = ray
         count = config.federation.workers
         ray.init(
+            address="local",
             num_cpus=count,
             include_dashboard=False,
             log_to_driver=False,

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+torch.set_num_threads(1)  # as workers have; and a forked child would wait for ever for its parent's other threads
+
 
 @pytest.fixture
 def float64() -> Iterator[None]:

@@ -59,11 +59,6 @@ class TextCorpus:
         """sha256 over every name and text, in order."""
         return _fingerprint((self.pretraining, self.train, self.new))
 
-    @cached_property
-    def pretraining_fingerprint(self) -> str:
-        """sha256 over the documents to pre-train on alone: it names a base model."""
-        return _fingerprint((self.pretraining,))
-
 
 def _fingerprint(parts: Iterable[tuple[Document, ...] | tuple[UserText, ...]]) -> str:
     digest = hashlib.sha256()

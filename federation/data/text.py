@@ -80,16 +80,6 @@ class TextPopulation:
         except KeyError:
             raise PopulationError(f"the splits of population {self.name!r} are train and new, not {split!r}") from None
 
-    def first_users(self, split: str, count: int) -> range:
-        """`count` users of a split. Raises PopulationError when it has fewer."""
-        users = self.users(split)
-        if len(users) < count:
-            raise PopulationError(
-                f"{count} {split} users asked for, population {self.name!r} has {len(users)}; "
-                f"ask for fewer, or add projects (left out: {self.left_out})"
-            )
-        return users[:count]
-
     def batch(self, user_ids: UserIds, part: Part, size: int | None, streams: Streams) -> Batch:
         """Windows of each user: `size` of them from random places, or, with None, all that do not overlap.
 

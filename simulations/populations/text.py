@@ -20,7 +20,7 @@ def code(root: str | None = None, window: int = 64, pretraining: Mapping[str, An
 
     window: tokens per example. pretraining: fields of `PretrainConfig`.
     """
-    return _population(lambda: code_corpus(Path(root) if root else None), window, pretraining)
+    return _population(_code(root), window, pretraining)
 
 
 def shakespeare(window: int = 64, pretraining: Mapping[str, Any] | None = None) -> TextPopulation:
@@ -35,8 +35,11 @@ def prepare(config: PopulationConfig, progress: Progress) -> None:
         options = dict(config.options)
         check_options(f"population {config.name!r}", makers[config.name], options)
         root = options.pop("root", None)
-        corpus = shakespeare_corpus() if config.name == "shakespeare" else code_corpus(Path(root) if root else None)
-        _population(lambda: corpus, progress=progress, **options)
+        _population(shakespeare_corpus if config.name == "shakespeare" else _code(root), progress=progress, **options)
+
+
+def _code(root: str | None) -> Callable[[], TextCorpus]:
+    return lambda: code_corpus(Path(root).expanduser() if root else None)
 
 
 def _population(

@@ -124,13 +124,8 @@ def test_what_does_not_exist_is_refused(population):
         population.batch(np.array([3, 5]), "test", 1, Streams(0))
     with pytest.raises(PopulationError, match=r"0\.\.4, got -1\.\.-1"):
         population.groups(np.array([-1]))
-    with pytest.raises(PopulationError, match=r"4 new users asked for, population 'words' has 3.*'tests': 2"):
-        population.first_users("new", 4)
-    assert population.first_users("new", 2) == range(2, 4)
 
 
 def test_a_population_without_users_can_say_so():
     empty = TextPopulation(TextCorpus("none", (), (), ()), PAIRS, base=object)
     assert empty.describe()["users"] == {"train": 0, "new": 0}
-    with pytest.raises(PopulationError, match="1 train users asked for, population 'none' has 0"):
-        empty.first_users("train", 1)

@@ -64,6 +64,7 @@ def made_up_users(gains: Mapping[str, Sequence[float]] | None = None) -> dict[st
         "ids": list(range(100, 108)),
         "groups": list(GROUPS),
         "loss": {name: (np.array(BASE) - np.array(gain_u)).tolist() for name, gain_u in given.items()},
+        "modules": ["h.0", "h.1"],
         "units_in_use": [0.0, 0.25, 0.75, 1.0, 0.5, 0.5, 1.0, 0.0],
     }
 

@@ -50,11 +50,11 @@ def test_gains_by_user_are_base_minus_loss() -> None:
 
 def test_units_lie_at_module_and_rank() -> None:
     share_g = [0.0, 0.25, 0.75, 1.0, 0.5, 0.5, 1.0, 0.0]
-    heat = plots.shared_units(share_g, rank=4).data[0]
+    heat = plots.shared_units(share_g, ["h.0", "h.1"]).data[0]
     for j in range(2):
         for r in range(4):
             assert heat.z[j][r] == 100 * share_g[j * 4 + r]
-    assert len(heat.y) == 2
+    assert list(heat.y) == ["h.0", "h.1"]
 
 
 def test_a_metric_is_drawn_for_the_rounds_that_have_it() -> None:
