@@ -51,13 +51,11 @@ def federate(
     folder: Path,
     resume: bool,
     on_round: Callable[[RoundReport], None],
-    population: Mapping[str, Any] | None = None,
 ) -> ServerState:
     """All rounds of a federation in `folder`, or those that are left when `resume` finds a checkpoint.
 
     Killed at any moment and resumed, it ends with the same bits: users' records are keyed by round, a round's
-    effects are one checkpoint, and randomness is addressed by round and user. `population` is its description: a
-    resume with other data is refused.
+    effects are one checkpoint, and randomness is addressed by round and user.
 
     Raises RunError when the folder holds a federation and `resume` is off, or holds one of another configuration.
     """
@@ -65,11 +63,7 @@ def federate(
     checkpoints, users_folder = folder / "checkpoints", folder / "users"
     if checkpoint.rounds(checkpoints) and not resume:
         raise RunError(f"{folder} holds a federation already; resume it, or give another folder")
-    started_as = {
-        "config": identity(setup.config),
-        "training users": _fingerprint(train_users),
-        "population": json.loads(json.dumps(population or {})),
-    }
+    started_as = {"config": identity(setup.config), "users": _fingerprint(train_users)}
     state = _last_state(setup, checkpoints, started_as) if resume else None
     if state is None:
         state = setup.begin()
@@ -185,8 +179,8 @@ def _last_state(setup: Setup, checkpoints: Path, started_as: Mapping[str, Any]) 
     found = checkpoint.load_latest(checkpoints)
     if other := [key for key, value in started_as.items() if found.meta.get(key) != value]:
         raise RunError(
-            "a run resumes with the configuration, the population and the training users it was started with, "
-            f"{checkpoints.parent} was started with another {' and '.join(other)}; give those, or another --out"
+            "a run resumes with the configuration and the training users it was started with, "
+            f"{checkpoints.parent} was started with other {' and '.join(other)}; give those, or another --out"
         )
     return from_checkpoint(found, setup.rules)
 

@@ -39,6 +39,7 @@ from simulations.setup import first_pool, set_up, wrap
 from simulations.workers import Workers, start_workers
 
 CONFIG_NAME = "config.json"
+POPULATION_NAME = "population.json"
 MAIN = "pool"
 
 
@@ -85,7 +86,7 @@ def _train_and_serve(
     model = wrap(config, population.base_model())
     if config.evaluate.methods:
         check_methods(methods_of(config), population)
-    described = {"name": population.name, **population.describe()}
+    _claim_population(out, population)
     workers = start_workers(config)
     try:
         trained = {}
@@ -93,7 +94,7 @@ def _train_and_serve(
             setup = set_up(federation, model, first_pool(federation, population))
             with _Observer(out, name, federation.federation.rounds, progress) as observer:
                 users = federated_users(population, federation)
-                state = federate(setup, workers, users, out / name, resume, observer, described)
+                state = federate(setup, workers, users, out / name, resume, observer)
             trained[name] = state.values
         evaluation = _evaluate(config, population, workers, federations, trained, progress)
     finally:
@@ -112,6 +113,17 @@ def _claim(out: Path, config: RunConfig) -> None:
         )
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, config.model_dump(mode="json"))
+
+
+def _claim_population(out: Path, population: Population) -> None:
+    """Writes what the population is, unless the folder holds a run over other data: its ids mean other users."""
+    path, described = out / POPULATION_NAME, {"name": population.name, **population.describe()}
+    if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(described)):
+        raise RunError(
+            f"a run resumes over the data it was started with, the population {population.name!r} has changed since "
+            f"(other packages, other files? see {path}); restore it, or give another --out"
+        )
+    write_json(path, described)
 
 
 def reevaluate(folder: Path, overrides: Sequence[str], progress: Progress | None = None) -> Run:

@@ -27,6 +27,7 @@ from simulations.federate import (
     read_history,
 )
 from simulations.methods import methods_of
+from simulations.populations.synthetic import SyntheticPopulation
 from simulations.record import read_record
 from simulations.runs import MAIN, run
 from simulations.worker import Broadcast, Worker, run_chunk
@@ -319,3 +320,11 @@ def test_a_record_without_methods_tells_the_run_apart(tmp_path: Path) -> None:
     assert record["users_per_second"] > 0
     assert "methods" not in record
     assert made.evaluation is None
+
+
+def test_other_data_under_the_same_ids_does_not_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tiny_config(), tmp_path / "run")
+    described = SyntheticPopulation.describe
+    monkeypatch.setattr(SyntheticPopulation, "describe", lambda self: {**described(self), "fingerprint": "another"})
+    with pytest.raises(RunError, match=r"'synthetic' has changed since .*population\.json"):
+        run(tiny_config(), tmp_path / "run", resume=True)
