@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test slow check evidence clean
+.PHONY: venv demo test check evidence clean
 
 venv: $(VENV)/.installed
 
@@ -17,9 +17,6 @@ demo: venv
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
-
-slow: venv
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 
 check: venv
 	$(BIN)/ruff check .

@@ -68,9 +68,7 @@ def local_round(
     choice = _choose(model, state, users, data, rule, streams)
     spec, local = model.spec, rule.local
     modules = len(spec.modules)
-    fixed = rule.gate.policy != "all" and rule.gate.distribution == "budget"
-    max_rows = rule.gate.budget if fixed else spec.rank
-    ids_ujk, valid_ujk = rows_of_mask(choice.trained_ug, modules, max_rows)
+    ids_ujk, valid_ujk = rows_of_mask(choice.trained_ug, modules, rule.gate.max_rows(spec.rank))
     start = gather(state.values, spec, ids_ujk, valid_ujk)
     batches = [data.support.window(i * local.examples, (i + 1) * local.examples) for i in range(local.steps)]
     trained, loss_u = sgd(model, start, batches, local.learning_rate, local.factors(state.round_index))

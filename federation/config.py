@@ -59,6 +59,11 @@ class GateConfig(Settings):
     embedding_rate: float = Field(0.1, ge=0, description="step of the private embedding along its policy gradient")
     warmup: int = Field(20, ge=0, description="first rounds with random masks: gains are zero while up = 0")
 
+    def max_rows(self, rank: int) -> int:
+        """Most units of one module, of a pool with `rank`, that a user may train."""
+        fixed = self.policy != "all" and self.distribution == "budget"
+        return self.budget if fixed else rank
+
     @model_validator(mode="after")
     def _price_needs_bernoulli(self) -> Self:
         if self.price and self.distribution != "bernoulli":

@@ -31,8 +31,7 @@ def gate_spec(model: PooledModel, config: GateConfig) -> GateSpec:
 
 def schema_of(pool: PoolSpec, gate: GateSpec, config: GateConfig) -> Schema:
     """What a user may send: at most its budget of units per module, and one row for the gate if a gate is trained."""
-    fixed = config.policy != "all" and config.distribution == "budget"
-    sections = pool.sections(max_rows=config.budget if fixed else pool.rank)
+    sections = pool.sections(max_rows=config.max_rows(pool.rank))
     if config.policy == "gate":
         sections[GATE_SECTION] = SectionSpec(rows=1, factors={"phi": gate.size}, max_rows=1)
     return Schema(sections)

@@ -1,6 +1,7 @@
 """Documents against the records and files that they show."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -39,3 +40,11 @@ def test_the_readmes_first_run_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "simulations").symlink_to(HOUSE / "simulations")
     exec(compile(small, "README.md", "exec"), {})
     assert (tmp_path / "runs" / "mine" / "record.json").exists()
+
+
+@pytest.mark.parametrize("path", sorted((HOUSE / "simulations" / "results").glob("*.json")), ids=lambda path: path.name)
+def test_a_record_says_how_it_was_made_and_names_no_place_of_one_machine(path: Path) -> None:
+    record = json.loads(path.read_text())
+    assert {"kind", "command", "commit", "versions", "machine"} <= set(record)
+    assert "+changes" not in record["commit"]
+    assert not re.search(r"(^| )/|/(home|root|tmp|work)/", record["command"])
