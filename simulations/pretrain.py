@@ -130,6 +130,13 @@ def pretraining_report(folder: Path) -> dict[str, object]:
     return report
 
 
+def describe_base(base: BaseModel) -> dict[str, object]:
+    """What a record says of a base: its name, and how it was pre-trained if that was done here."""
+    folder = Path(base.name)
+    report = pretraining_report(folder) if (folder / _REPORT).exists() else {}
+    return {"name": folder.name, **report}
+
+
 def base_key(documents: Sequence[Document], config: PretrainConfig) -> str:
     """Names a base: a hash of the documents, the configuration and the recipe."""
     digest = hashlib.sha256(json.dumps([RECIPE, asdict(config)]).encode())

@@ -22,6 +22,7 @@ from simulations.federate import RoundReport, federate, identity, last_checkpoin
 from simulations.methods import methods_of, sources_of
 from simulations.populations import make_population
 from simulations.populations.text import prepare
+from simulations.pretrain import describe_base
 from simulations.progress import Progress, Silent, Stage
 from simulations.record import (
     RECORD_NAME,
@@ -244,6 +245,7 @@ def _record(
         "seed": config.seed,
         "config": config.model_dump(mode="json"),
         "population": {"name": population.name, **population.describe()},
+        "base": describe_base(population.base_model()),
         "users": {split: len(population.users(split)) for split in ("train", "new")},
         "rounds": config.federation.rounds,
         "seconds": round(seconds, 1),
