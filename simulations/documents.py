@@ -60,7 +60,7 @@ def _render(match: re.Match[str]) -> str:
 
 
 def _table(record: Record) -> str:
-    return f"{tables.markdown(tables.result_table(record))}\n\n{tables.caption(record)}"
+    return tables.markdown(tables.result_table(record)).strip()
 
 
 def _seeds(record: Record) -> str:
