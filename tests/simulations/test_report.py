@@ -87,7 +87,7 @@ def test_a_report_shows_what_there_is(tmp_path: Path, missing: str) -> None:
     record = made_up_record()
     del record[missing]
     page = page_of(write_report(save(tmp_path, record, made_up_users())))
-    gone = {"methods": SECTIONS[:1], "history": SECTIONS[2:3], "config": SECTIONS[3:4]}.get(missing, [])
+    gone = {"methods": SECTIONS[:1], "history": SECTIONS[2:3]}.get(missing, [])
     assert [heading for heading in page.headings if heading in SECTIONS] == [s for s in SECTIONS if s not in gone]
 
 
