@@ -8,7 +8,7 @@ import resource
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from client.state import RecordLayout, UserBlock
 from client.store import MANIFEST_NAME, UserStore, shard_of
 from federation.errors import StoreError
+from tests.child import exit_code
 
 LAYOUT = RecordLayout(embedding_width=3, mask_bytes=2)
 IDS = np.arange(40, dtype=np.int64)
@@ -42,18 +43,6 @@ def assert_equal(a: UserBlock, b: UserBlock) -> None:
     assert torch.equal(a.embedding_ue, b.embedding_ue)
     assert torch.equal(a.mask_ub, b.mask_ub)
     assert torch.equal(a.visits_u, b.visits_u)
-
-
-def in_child(action: Callable[[], object]) -> int:
-    """The exit code of a forked child that runs `action`: 0, or 1 when it raised."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def data_file(folder: Path, shard: int = 0) -> Path:
@@ -217,7 +206,7 @@ def test_a_fork_opens_the_shards_anew(store: UserStore) -> None:
         store.write(block_of(IDS, 2), 2)
         store.close()
 
-    assert in_child(child) == 0
+    assert exit_code(child) == 0
     assert_equal(store.read(IDS, 3), block_of(IDS, 2))
     store.write(block_of(IDS, 3), 3)
     assert_equal(store.read(IDS, 4), block_of(IDS, 3))
@@ -285,7 +274,7 @@ def test_a_disk_that_takes_no_more_keeps_what_was_there(tmp_path: Path) -> None:
             with pytest.raises(StoreError, match=r"shard 0 .*free space"):
                 opened.write(block_of(many, 2), 2)
 
-    assert in_child(child) == 0
+    assert exit_code(child) == 0
     with UserStore(tmp_path, 1, LAYOUT) as opened:
         assert_equal(opened.read(IDS, 3), block_of(IDS, 1))
         opened.write(block_of(many, 2), 2)
@@ -315,7 +304,7 @@ def test_a_truncated_shard_is_refused(tmp_path: Path, share: float) -> None:
         with UserStore(tmp_path, 1, LAYOUT) as opened, pytest.raises(StoreError, match=r"shard 0 .*restore"):
             opened.read(many, 2)
 
-    assert in_child(child) == 0
+    assert exit_code(child) == 0
 
 
 def test_a_file_that_only_lacks_unused_pages_is_whole(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from federation.errors import CheckpointError
 from server.checkpoint import Checkpoint, checksum, load, load_latest, rounds, save
+from tests.child import exit_code
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -52,18 +53,6 @@ def assert_is_round(checkpoint: Checkpoint, round_index: int) -> None:
 
 def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
-
-
-def exit_code(action: Callable[[], object]) -> int:
-    """The exit code of a forked child that runs `action`: 0, or 1 when it raised."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 # -------------------------------------------------------------------------------- contract
