@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "simulations": {"federation", "strategies", "client", "server"},
 }
 ONLY_IN = {
-    "ray": {"server/tree.py", "simulations/workers.py"},
+    "ray": {"simulations/workers.py"},
     "flwr": {"client/app.py", "server/app.py", "server/flower.py", "federation/records.py"},
     "grpc": {"client/agent.py"},
 }
