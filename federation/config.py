@@ -81,6 +81,9 @@ class LocalConfig(Settings):
     learning_rate: PositiveFloat = Field(0.5, description="of these steps")
     examples: PositiveInt = Field(4, description="support examples per step")
     gain_examples: PositiveInt = Field(8, description="support examples that the gains are measured on")
+    batches: PositiveInt | None = Field(
+        None, description="different batches that the steps take in turn; one for each step by default"
+    )
     query_examples: PositiveInt = Field(4, description="query examples that rewards are measured on")
     train: Literal["both", "down", "up", "alternate", "nothing"] = Field(
         "both", description="which factors; alternate starts with up; nothing trains the gate alone"
@@ -135,9 +138,24 @@ class FederationConfig(Settings):
     rounds: int = Field(140, ge=0)
     cohort: PositiveInt = Field(32, description="users per round")
     shards: PositiveInt = Field(4, description="fixed parts of the population (S), whatever the number of workers")
-    block: PositiveInt = Field(16, description="users trained in one stacked computation (U)")
-    workers: int = Field(2, ge=0, description="Ray worker processes; 0 works in this process")
+    sampling: Literal["uniform", "epochs"] = Field(
+        "uniform", description="cohorts drawn anew each round, or dealt out so that all take part once per epoch"
+    )
     checkpoint_every: PositiveInt = Field(1, description="rounds between checkpoints")
+
+
+class ComputeConfig(Settings):
+    """Where the work is done, and how."""
+
+    workers: int = Field(2, ge=0, description="Ray worker processes; 0 works in this process")
+    block: PositiveInt = Field(16, description="users trained in one stacked computation (U)")
+    device: Literal["cpu", "cuda", "auto"] = Field("cpu", description="auto: cuda where there is one")
+    devices_per_worker: PositiveFloat = Field(1.0, description="GPUs of a worker; 0.5: two workers share one")
+    ray_address: str | None = Field(None, description="a running Ray cluster to work on; a local one by default")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of forward and backward; rows stay fp32")
+    forward: Literal["transformers", "fused"] = Field(
+        "transformers", description="the model's own code, or ours for GPT-2, checked against it"
+    )
 
 
 class EvaluateConfig(Settings):
@@ -170,6 +188,7 @@ class RunConfig(Settings):
     gate_optimizer: OptimizerConfig = OptimizerConfig()
     limits: LimitsConfig = LimitsConfig()
     federation: FederationConfig = FederationConfig()
+    compute: ComputeConfig = ComputeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")

@@ -35,7 +35,7 @@ _NOT_A_SETTING = (
     "seed",
     "name",
     "kind",
-    "federation.workers",
+    "compute.workers",
     "federation.checkpoint_every",
     "evaluate.methods",
 )

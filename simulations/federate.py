@@ -26,6 +26,7 @@ from simulations.setup import Setup
 from simulations.worker import Broadcast, ChunkReport, merge_reports, run_chunk, run_on_store
 from simulations.workers import Workers
 
+_WHO_WORKS = {"workers", "devices_per_worker", "ray_address"}
 HISTORY_NAME = "rounds.jsonl"
 
 
@@ -198,5 +199,5 @@ def _fingerprint(train_users: range | UserIds) -> str:
 
 def identity(config: RunConfig) -> dict[str, Any]:
     """The part of a configuration that decides the bits: not who works, nor what is measured afterwards."""
-    free: Any = {"name": True, "kind": True, "evaluate": True, "federation": {"workers", "checkpoint_every"}}
+    free: Any = {"name": True, "kind": True, "evaluate": True, "federation": {"checkpoint_every"}, "compute": _WHO_WORKS}
     return config.model_dump(mode="json", exclude=free)

@@ -83,7 +83,7 @@ def run_chunk(
     streams = setup.streams.at("round", round_index)
     users = store.read(user_ids, before_round=round_index)
     partial, trained, reports = None, [], []
-    for part in blocks(len(user_ids), config.federation.block):
+    for part in blocks(len(user_ids), config.compute.block):
         block = users.take(part)
         data = round_data(worker.population, block.ids, setup.local, streams)
         update, block = local_round(setup.model, broadcast.state, block, data, setup.local, streams)

@@ -69,7 +69,7 @@ class RayWorkers:
         import ray
 
         self._ray = ray
-        count = config.federation.workers
+        count = config.compute.workers
         ray.init(
             address="local",
             num_cpus=count,
@@ -138,4 +138,4 @@ class RayWorkers:
 
 def start_workers(config: RunConfig) -> Workers:
     """The workers that a configuration asks for."""
-    return RayWorkers(config) if config.federation.workers else InProcess(config)
+    return RayWorkers(config) if config.compute.workers else InProcess(config)

@@ -34,7 +34,7 @@ def test_the_readmes_python_imports_what_exists() -> None:
 
 def test_the_readmes_first_run_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     block = next(b for b in PYTHON.findall((HOUSE / "README.md").read_text()) if "simulations import run" in b)
-    small = block.replace('["federation.rounds=20"]', '["federation.rounds=1", "federation.workers=0"]')
+    small = block.replace('["federation.rounds=20"]', '["federation.rounds=1", "compute.workers=0"]')
     assert small != block
     monkeypatch.chdir(tmp_path)
     (tmp_path / "simulations").symlink_to(HOUSE / "simulations")

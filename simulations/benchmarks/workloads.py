@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from federation.base import BaseModel, causal_lm_base, frozen
-from federation.config import FederationConfig, GateConfig, LocalConfig, PoolConfig, RunConfig
+from federation.config import ComputeConfig, GateConfig, LocalConfig, PoolConfig, RunConfig
 from federation.data.population import Batch
 from federation.errors import ConfigError
 from federation.plugins import suggest
@@ -52,7 +52,7 @@ class Workload:
             pool=PoolConfig(rank=32, scale=2.0),
             gate=GateConfig(policy="random", budget=4),
             local=self.local,
-            federation=FederationConfig(block=self.block),
+            compute=ComputeConfig(block=self.block),
         )
 
 

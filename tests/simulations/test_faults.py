@@ -122,7 +122,7 @@ def test_dead_before_or_after_any_step_it_resumes_to_the_same_bits(
 def test_a_killed_or_failing_worker_ends_the_run_with_words_and_resume_goes_on(
     undisturbed: str, tmp_path: Path
 ) -> None:
-    config = tiny_config("federation.workers=2")
+    config = tiny_config("compute.workers=2")
     workers = RayWorkers(config)
 
     def kill_a_worker(report: RoundReport) -> None:

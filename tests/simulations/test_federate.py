@@ -45,7 +45,7 @@ class FirstOf(RayWorkers):
 
 
 def test_one_two_and_three_workers_give_the_bits_of_none(undisturbed: str, tmp_path: Path) -> None:
-    config = tiny_config("federation.workers=3")
+    config = tiny_config("compute.workers=3")
     cluster = RayWorkers(config)
     try:
         for count in (1, 2, 3):
@@ -91,14 +91,14 @@ def test_a_finished_federation_resumes_to_what_it_is(undisturbed: str, tmp_path:
 
 def test_who_works_and_how_often_is_saved_may_change_at_a_resume(undisturbed: str, tmp_path: Path) -> None:
     with pytest.raises(Interrupt):
-        simulate(tiny_config("federation.workers=0"), tmp_path, on_round=interrupt_at(3))
+        simulate(tiny_config("compute.workers=0"), tmp_path, on_round=interrupt_at(3))
     changed = tiny_config("federation.checkpoint_every=3", "name=other", "evaluate.users=3")
     assert simulate(changed, tmp_path, resume=True) == undisturbed
 
 
 @pytest.mark.parametrize(
     "override",
-    ["seed=1", "local.learning_rate=0.06", "federation.block=5", "federation.rounds=7", "population.options.noise=0.2"],
+    ["seed=1", "local.learning_rate=0.06", "compute.block=5", "federation.rounds=7", "population.options.noise=0.2"],
 )
 def test_another_configuration_does_not_resume_and_spoils_nothing(
     undisturbed: str, tmp_path: Path, override: str
