@@ -6,6 +6,7 @@ The loss that is differentiated is the sum over users, so each user's gradient i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from federation.data.population import Batch
 from federation.pool.model import PooledModel
+from federation.pool.prefix import Prefix
 from federation.pool.spec import ModuleSpec
 from federation.update import Values
 
@@ -49,9 +51,9 @@ def freeze_factors(gradients: Sequence[Tensor], modules: Sequence[ModuleSpec], f
 
 
 def sgd(
-    model: PooledModel, rows: Rows, batches: Sequence[Batch], learning_rate: float, factors: Sequence[str]
+    model: PooledModel, rows: Rows, batches: Sequence[Batch], steps: int, learning_rate: float, factors: Sequence[str]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """One SGD step per batch on the active rows. Returns the new rows and the loss before the first step (U,).
+    """Steps of SGD on the active rows, the batches in turn. Returns the new rows and the loss before the first (U,).
 
     Without a factor to train there is one forward pass and no step.
     """
@@ -60,8 +62,11 @@ def sgd(
             return dict(rows), model.loss(batches[0])
     current = {m.section: rows[m.section].detach().clone() for m in model.spec.modules}
     first_loss_u: Tensor | None = None
-    for batch in batches:
-        loss_u, gradients = row_gradients(model, current, batch)
+    prefixes = [Prefix() for _ in batches]
+    for step in range(steps):
+        at = step % len(batches)
+        with prefixes[at].remembered() if steps > len(batches) else nullcontext():
+            loss_u, gradients = row_gradients(model, current, batches[at])
         first_loss_u = loss_u if first_loss_u is None else first_loss_u
         freeze_factors(gradients, model.spec.modules, factors)
         for row, gradient in zip(current.values(), gradients, strict=True):

@@ -11,7 +11,7 @@ from client.adapt import sgd, unit_gains
 from client.state import UserBlock
 from federation import masks
 from federation.config import GateConfig, LocalConfig
-from federation.data.population import Batch, Population
+from federation.data.population import Batch, Examples
 from federation.gate import GateState
 from federation.mask_distribution import Bernoulli, FixedBudget, MaskDistribution
 from federation.policy_gradient import entropy_bonus, explored, price, reinforce
@@ -47,13 +47,13 @@ class RoundData:
     query: Batch
 
 
-def round_data(population: Population, user_ids: UserIds, rule: LocalRule, streams: Streams) -> RoundData:
+def round_data(examples: Examples, user_ids: UserIds, rule: LocalRule, streams: Streams) -> RoundData:
     """Draws a round's examples. `streams` is the round's."""
     local = rule.local
-    size = max(local.gain_examples, local.steps * local.examples)
+    size = max(local.gain_examples, local.different_batches * local.examples)
     return RoundData(
-        population.batch(user_ids, "support", size, streams.at("support")),
-        population.batch(user_ids, "query", local.query_examples, streams.at("query")),
+        examples.batch(user_ids, "support", size, streams.at("support")),
+        examples.batch(user_ids, "query", local.query_examples, streams.at("query")),
     )
 
 
@@ -70,8 +70,10 @@ def local_round(
     modules = len(spec.modules)
     ids_ujk, valid_ujk = rows_of_mask(choice.trained_ug, modules, rule.gate.max_rows(spec.rank))
     start = gather(state.values, spec, ids_ujk, valid_ujk)
-    batches = [data.support.window(i * local.examples, (i + 1) * local.examples) for i in range(local.steps)]
-    trained, loss_u = sgd(model, start, batches, local.learning_rate, local.factors(state.round_index))
+    batches = [
+        data.support.window(i * local.examples, (i + 1) * local.examples) for i in range(local.different_batches)
+    ]
+    trained, loss_u = sgd(model, start, batches, local.steps, local.learning_rate, local.factors(state.round_index))
     sections = {
         m.section: Section(ids_ujk[:, j].int(), valid_ujk[:, j], trained[m.section] - start[m.section])
         for j, m in enumerate(spec.modules)
@@ -113,8 +115,7 @@ def _choose(
     if gate.policy == "all":
         return _Choice(torch.ones(len(users), spec.units, dtype=torch.bool))
     if gate.policy == "random" or state.round_index <= gate.warmup:
-        uniform = distribution_of(torch.zeros(len(users), spec.units), modules, gate)
-        return _Choice(uniform.sample(streams.uniform("mask", users.ids, (1, spec.units)))[:, 0])
+        return _Choice(_random_masks(streams.uniform("mask", users.ids, (spec.units,)), modules, gate))
     gain_ug = unit_gains(model, state.values, data.support.window(0, rule.local.gain_examples), share)
     if gate.policy == "saliency":
         return _Choice(distribution_of(gain_ug, modules, gate).mode())
@@ -162,6 +163,11 @@ def mask_rewards(model: PooledModel, values: Values, masks_ukg: Tensor, query: B
     repeated = query.take(torch.arange(users).repeat_interleave(samples))
     with model.bound(gather(values, model.spec, ids_ujk, valid_ujk)):
         return -model.loss(repeated).view(users, samples)
+
+
+def _random_masks(uniform_ug: Tensor, modules: int, gate: GateConfig) -> Tensor:
+    """A mask for each user in which all units are equally likely: the largest numbers, or those above 1/2."""
+    return distribution_of(uniform_ug - 0.5, modules, gate).mode()
 
 
 def distribution_of(logits_ug: Tensor, modules: int, gate: GateConfig) -> MaskDistribution:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class BaseModel:
     """A frozen model as the rest of the system sees it.
+
+    The module may compute in bfloat16: a loss takes its outputs through `at_least_fp32`.
 
     loss(module, inputs (B, ...), targets (B, ...)) -> (B,), mean nats per target of each example.
     features(module, inputs (B, ...)) -> (B, feature_width), what the gate may know of an example.
@@ -33,13 +36,20 @@ def frozen(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
+def at_least_fp32(outputs: Tensor) -> Tensor:
+    """A module's outputs in float32, or as they are if they are finer."""
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
 def target_log_probs(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Log-probability of each target token under a transformers causal language model, in nats.
 
     Shapes: inputs (B, T) int64, targets (B, T) int64, already shifted: the token that follows; result (B, T).
     """
     logits = module(input_ids=inputs, use_cache=False).logits
-    return -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    return -F.cross_entropy(at_least_fp32(logits).flatten(0, 1), targets.flatten(), reduction="none").view(
+        targets.shape
+    )
 
 
 def causal_lm_loss(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -89,6 +89,11 @@ class LocalConfig(Settings):
         "both", description="which factors; alternate starts with up; nothing trains the gate alone"
     )
 
+    @property
+    def different_batches(self) -> int:
+        """How many batches a round draws for its steps."""
+        return min(self.batches or self.steps, self.steps)
+
     def factors(self, round_index: int) -> tuple[str, ...]:
         """The factors trained in a round (counted from 1)."""
         if self.train == "alternate":
@@ -153,9 +158,6 @@ class ComputeConfig(Settings):
     devices_per_worker: PositiveFloat = Field(1.0, description="GPUs of a worker; 0.5: two workers share one")
     ray_address: str | None = Field(None, description="a running Ray cluster to work on; a local one by default")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of forward and backward; rows stay fp32")
-    forward: Literal["transformers", "fused"] = Field(
-        "transformers", description="the model's own code, or ours for GPT-2, checked against it"
-    )
 
 
 class EvaluateConfig(Settings):

@@ -135,12 +135,13 @@ def admit(block: UpdateBlock, schema: Schema, limits: Limits) -> tuple[UpdateBlo
         }
         nobody = replace(block, sections=empty, weight_u=torch.zeros(0), metrics={})
         return nobody, Rejections(dict.fromkeys(range(users), fault))
-    reasons = _user_faults(block, schema)
+    norms = {name: _row_norms(section) for name, section in block.sections.items()}
+    reasons = _user_faults(block, schema, norms)
     if reasons:
         keep = torch.ones(users, dtype=torch.bool)
         keep[list(reasons)] = False
-        block = block.take(keep)
-    clipped = _clip(block.sections, limits.max_norm)
+        block, norms = block.take(keep), {name: norm_uk[keep] for name, norm_uk in norms.items()}
+    clipped = _clip(block.sections, norms, limits.max_norm)
     return replace(block, sections=clipped, weight_u=block.weight_u.clamp(max=limits.max_weight)), Rejections(reasons)
 
 
@@ -167,7 +168,20 @@ def _structure_fault(block: UpdateBlock, schema: Schema) -> str | None:
     return None
 
 
-def _user_faults(block: UpdateBlock, schema: Schema) -> dict[int, str]:
+def _row_norms(section: Section) -> Tensor:
+    """The L2 norm of every row, 0 for padding; not finite where an entry is not: (U, k) float64.
+
+    One fast pass in float32. Only rows whose squares overflow there are looked at again, in float64, where finite
+    float32 entries never do.
+    """
+    norm_uk = torch.linalg.vector_norm(section.rows_ukw, dim=2).double().masked_fill_(~section.valid_uk, 0.0)
+    odd_uk = ~torch.isfinite(norm_uk)
+    if odd_uk.any():
+        norm_uk[odd_uk] = section.rows_ukw[odd_uk].double().square().sum(1).sqrt()
+    return norm_uk
+
+
+def _user_faults(block: UpdateBlock, schema: Schema, norms: Mapping[str, Tensor]) -> dict[int, str]:
     reasons: dict[int, str] = {}
 
     def refuse(bad_u: Tensor, reason: str) -> None:
@@ -183,28 +197,36 @@ def _user_faults(block: UpdateBlock, schema: Schema) -> dict[int, str]:
         padding = spec.rows + torch.arange(ids.shape[1], dtype=torch.int32)
         ordered = torch.where(valid, ids, padding).sort(1).values
         refuse((ordered[:, 1:] == ordered[:, :-1]).any(1), f"section {name!r}: a row id sent twice")
-        finite = torch.isfinite(section.rows_ukw).all(2) | ~valid
-        refuse(~finite.all(1), f"section {name!r}: a number that is not finite")
+        refuse(~torch.isfinite(norms[name]).all(1), f"section {name!r}: a number that is not finite")
     refuse(~torch.isfinite(block.weight_u) | (block.weight_u < 0), "the weight must be finite and not negative")
     for name, values in block.metrics.items():
         refuse(~torch.isfinite(values), f"metric {name!r} must be finite")
     return reasons
 
 
-def _clip(sections: Mapping[str, Section], max_norm: Mapping[str, float]) -> dict[str, Section]:
-    """Padding becomes zero; each prefix's sections are scaled together to norm <= max_norm (a zero norm is left)."""
-    zeroed = {
-        name: replace(section, rows_ukw=section.rows_ukw.masked_fill(~section.valid_uk[..., None], 0.0))
-        for name, section in sections.items()
-    }
+def _clip(
+    sections: Mapping[str, Section], norms: Mapping[str, Tensor], max_norm: Mapping[str, float]
+) -> dict[str, Section]:
+    """Padding becomes zero; each prefix's sections are scaled together to norm <= max_norm (a zero norm is left).
+
+    Copies only what it changes.
+    """
+    clipped = {name: _zero_padding(section) for name, section in sections.items()}
     for prefix, bound in max_norm.items():
-        group = [name for name in zeroed if name.split("/")[0] == prefix]
+        group = [name for name in clipped if name.split("/")[0] == prefix]
         if not group:
             continue
-        squares = torch.stack([zeroed[name].rows_ukw.double().square().sum((1, 2)) for name in group])
-        norm_u = squares.sum(0).sqrt()
-        factor_u = torch.where(norm_u > bound, bound / norm_u.clamp_min(1e-300), 1.0).float()
-        for name in group:
-            section = zeroed[name]
-            zeroed[name] = replace(section, rows_ukw=section.rows_ukw * factor_u[:, None, None])
-    return zeroed
+        norm_u = torch.stack([norms[name].square().sum(1) for name in group]).sum(0).sqrt()
+        over_u = norm_u > bound
+        if over_u.any():
+            factor_u = torch.where(over_u, bound / norm_u.clamp_min(1e-300), 1.0).float()
+            for name in group:
+                section = clipped[name]
+                clipped[name] = replace(section, rows_ukw=section.rows_ukw * factor_u[:, None, None])
+    return clipped
+
+
+def _zero_padding(section: Section) -> Section:
+    if section.valid_uk.all():
+        return section
+    return replace(section, rows_ukw=section.rows_ukw.masked_fill(~section.valid_uk[..., None], 0.0))

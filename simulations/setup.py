@@ -17,6 +17,7 @@ from federation.errors import ConfigError
 from federation.formats import RowFormat
 from federation.gate import GateSpec
 from federation.pool.model import PooledModel
+from federation.precision import in_precision
 from federation.state import gate_spec, initial_values, schema_of
 from federation.streams import Streams, UserIds
 from federation.update import Schema, Values
@@ -85,6 +86,7 @@ class Setup:
 
 def wrap(config: RunConfig, base: BaseModel) -> PooledModel:
     """The base model with the pool that a configuration describes around it."""
+    base = in_precision(base, config.compute.precision)
     return PooledModel.around(base, config.pool.rank, config.pool.scale, config.pool.target_modules)
 
 

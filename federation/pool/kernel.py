@@ -10,27 +10,36 @@ from torch.autograd.function import once_differentiable
 
 
 class StackedLowRank(torch.autograd.Function):
-    """y_u = x_u W + b + s * (x_u down_u^T) up_u, with W and b frozen.
+    """y_u = base_u + s * (x_u down_u^T) up_u, with base_u = x_u W + b frozen.
 
-    Shapes: x (U, n, d_in), weight (d_in, d_out), bias (d_out,), rows (U, k, d_in + d_out), result (U, n, d_out).
+    Shapes: x (U, n, d_in), weight (d_in, d_out), bias (d_out,) or None, rows (U, k, d_in + d_out), y (U, n, d_out).
+    base: x W + b, if it is known already (it is left as it is), else None.
+
+    x and the weight may be bfloat16; rows and their gradient stay as they come, float32.
     Against plain autograd it saves the base's weight gradient and two temporaries per call. Its backward reads
     saved tensors as constants, so a second backward would be wrong: it is refused (`once_differentiable`).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, scale: float, base: Tensor | None
+    ) -> Tensor:
         users, tokens, d_in = x.shape
-        down, up = rows[..., :d_in], rows[..., d_in:]
+        used = rows.to(x.dtype)
+        down, up = used[..., :d_in], used[..., d_in:]
         hidden = torch.bmm(x, down.transpose(1, 2))
-        y = torch.addmm(bias, x.reshape(users * tokens, d_in), weight).view(users, tokens, -1)
-        y.baddbmm_(hidden, up, alpha=scale)
-        ctx.save_for_backward(x, weight, rows, hidden)
-        ctx.scale = scale
+        if base is None:
+            y = frozen_linear(x.reshape(users * tokens, d_in), weight, bias).view(users, tokens, -1)
+            y.baddbmm_(hidden, up, alpha=scale)
+        else:
+            y = torch.baddbmm(base, hidden, up, alpha=scale)
+        ctx.save_for_backward(x, weight, used, hidden)
+        ctx.scale, ctx.rows_dtype = scale, rows.dtype
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None, None]:
         x, weight, rows, hidden = ctx.saved_tensors
         users, tokens, d_in = x.shape
         down, up = rows[..., :d_in], rows[..., d_in:]
@@ -38,18 +47,25 @@ class StackedLowRank(torch.autograd.Function):
         d_hidden = torch.bmm(dy, up.transpose(1, 2)).mul_(ctx.scale)
         d_x = d_rows = None
         if ctx.needs_input_grad[3]:
-            d_rows = torch.empty_like(rows)
+            d_rows = torch.empty_like(rows, dtype=ctx.rows_dtype)
             d_rows[..., :d_in] = torch.bmm(d_hidden.transpose(1, 2), x)
             d_rows[..., d_in:] = torch.bmm(hidden.transpose(1, 2), dy).mul_(ctx.scale)
         if ctx.needs_input_grad[0]:
             d_x = torch.mm(dy.view(users * tokens, -1), weight.t()).view(users, tokens, d_in)
             d_x.baddbmm_(d_hidden, down)
-        return d_x, None, None, d_rows, None
+        return d_x, None, None, d_rows, None, None
 
 
-def stacked_low_rank(x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, scale: float) -> Tensor:
+def stacked_low_rank(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, scale: float, base: Tensor | None = None
+) -> Tensor:
     """`StackedLowRank`, with types."""
-    return StackedLowRank.apply(x, weight, bias, rows, scale)  # type: ignore[no-untyped-call, no-any-return]
+    return StackedLowRank.apply(x, weight, bias, rows, scale, base)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W + b: (n, d_in), (d_in, d_out), (d_out,) or None -> (n, d_out)."""
+    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
 
 def gated_low_rank(x: Tensor, y: Tensor, rows: Tensor, gates_ur: Tensor, scale: float) -> Tensor:
@@ -58,5 +74,6 @@ def gated_low_rank(x: Tensor, y: Tensor, rows: Tensor, gates_ur: Tensor, scale: 
     Shapes: x (U, n, d_in), y (U, n, d_out), rows (R, d_in + d_out), gates (U, R), result (U, n, d_out).
     """
     d_in = x.shape[-1]
-    hidden = (x @ rows[:, :d_in].t()) * gates_ur[:, None, :]
-    return y + (hidden @ rows[:, d_in:]) * scale
+    used = rows.to(x.dtype)
+    hidden = (x @ used[:, :d_in].t()) * gates_ur[:, None, :].to(x.dtype)
+    return y + (hidden @ used[:, d_in:]) * scale

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from federation.errors import PoolError
 from federation.pool.kernel import gated_low_rank, stacked_low_rank
+from federation.pool.prefix import prefix_of
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,10 @@ class PoolLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         assert isinstance(weight, Tensor)
         return weight if isinstance(self.base_layer, Conv1D) else weight.t()
 
-    def _bias(self) -> Tensor:
+    def _bias(self) -> Tensor | None:
         bias = self.base_layer.bias
-        return bias if isinstance(bias, Tensor) else self._weight().new_zeros(self.d_out)
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
 
     def forward(self, x: Tensor) -> Tensor:
         bound = _BOUND.get()
@@ -100,11 +102,16 @@ class PoolLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         stacked = x.reshape(bound.users, -1, self.d_in)
         rows = bound.rows[self.module_name]
         if isinstance(bound, UserRows):
-            y = stacked_low_rank(stacked, self._weight(), self._bias(), rows, self.scale)
+            y = stacked_low_rank(stacked, self._weight(), self._bias(), rows, self.scale, self._known(stacked))
         else:
             base = self.base_layer(stacked)
             y = gated_low_rank(stacked, base, rows, bound.gates[self.module_name], self.scale)
         return torch.as_tensor(y).view(*x.shape[:-1], self.d_out)
+
+    def _known(self, stacked: Tensor) -> Tensor | None:
+        """The base's output, where the frozen prefix reaches up to this layer."""
+        prefix = prefix_of(stacked)
+        return None if prefix is None else prefix.recall(self.module_name, lambda: self.base_layer(stacked))
 
 
 class PoolTuner(BaseTuner):  # type: ignore[misc]

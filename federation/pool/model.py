@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from federation.base import BaseModel
+from federation.activations import with_fast_activations
+from federation.base import BaseModel, at_least_fp32
 from federation.data.population import Batch
 from federation.errors import PoolError
 from federation.pool.layers import GatedPool, PoolLayer, PoolTuner, TunerConfig, UserRows, binding
+from federation.pool.prefix import remember_frozen
 from federation.pool.spec import ModuleSpec, PoolSpec
 from federation.update import Values
 
@@ -37,6 +39,7 @@ class PooledModel:
 
         Raises PoolError when the targets match nothing, or something that is not a linear layer.
         """
+        with_fast_activations(base.module)
         targets = list(target_modules or base.target_modules)
         try:
             PoolTuner(base.module, TunerConfig(target_modules=targets, scale=scale), "pool")
@@ -45,6 +48,7 @@ class PooledModel:
             raise PoolError(
                 f"target_modules {targets} match no linear layer of {base.name!r}; it has {sorted(names)}"
             ) from error
+        remember_frozen(base.module, PoolLayer)
         layers = [m for m in base.module.modules() if isinstance(m, PoolLayer)]
         return cls(base, PoolSpec(tuple(ModuleSpec(m.module_name, m.d_in, m.d_out) for m in layers), rank, scale))
 
@@ -75,14 +79,20 @@ class PooledModel:
 
     def loss(self, batch: Batch) -> Tensor:
         """Each user's mean loss over its examples, weighted by `batch.weight`: (U,) nats; 0 for a user without any."""
-        inputs, targets = batch.flat()
+        inputs, targets = self._cast(batch.flat())
         loss_un = self.base.loss(self.base.module, inputs, targets).view(batch.weight.shape)
         return (loss_un * batch.weight).sum(1) / batch.weight.sum(1).clamp_min(1e-12)
 
     @torch.no_grad()
     def features(self, batch: Batch) -> Tensor:
         """Each user's mean features from the frozen base: (U, feature_width)."""
-        inputs, _ = batch.flat()
-        features = self.base.features(self.base.module, inputs).view(*batch.weight.shape, -1)
+        inputs, _ = self._cast(batch.flat())
+        features = self.base.features(self.base.module, inputs)
+        features = at_least_fp32(features).view(*batch.weight.shape, -1)
         weight = batch.weight[..., None]
         return (features * weight).sum(1) / weight.sum(1).clamp_min(1e-12)
+
+    def _cast(self, inputs_and_targets: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Inputs that are numbers, not tokens, in the precision of the module."""
+        inputs, targets = inputs_and_targets
+        return inputs.to(next(self.base.module.parameters()).dtype) if inputs.is_floating_point() else inputs, targets

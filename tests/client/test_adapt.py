@@ -106,7 +106,7 @@ def test_stacked_sgd_equals_torch_sgd_user_by_user(make: MakeBase, factors: Sequ
     start = random_rows(model, USERS, 2)
     batch = models.batch_for(model.base, USERS, 6)
     windows = [batch.window(i, i + 2) for i in (0, 2, 4)]
-    trained, first_loss_u = sgd(model, start, windows, 0.5, factors)
+    trained, first_loss_u = sgd(model, start, windows, len(windows), 0.5, factors)
     for u in range(USERS):
         rows = {m.name: start[m.section][u] for m in model.spec.modules}
         plain, first_loss = plain_sgd(make, rows, [(w.inputs[u], w.targets[u]) for w in windows], 0.5, factors)
@@ -121,7 +121,7 @@ def test_a_frozen_factor_keeps_every_bit_and_the_start_is_untouched(factor: str)
     model = pooled(models.mlp)
     start = random_rows(model, USERS, 2)
     given = {name: row.clone() for name, row in start.items()}
-    trained, _ = sgd(model, start, [models.batch_for(model.base, USERS, 2)], 0.5, (factor,))
+    trained, _ = sgd(model, start, [models.batch_for(model.base, USERS, 2)], 1, 0.5, (factor,))
     for m in model.spec.modules:
         assert torch.equal(start[m.section], given[m.section])
         by_factor = dict(zip(BOTH, torch.split(trained[m.section] - given[m.section], [m.d_in, m.d_out], -1)))

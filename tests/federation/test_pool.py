@@ -87,7 +87,7 @@ def test_bindings_of_two_threads_never_meet():
 
 def test_the_fast_layer_refuses_a_second_backward():
     x, rows = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 1, 9, requires_grad=True)
-    y = StackedLowRank.apply(x, torch.randn(4, 5), torch.zeros(5), rows, 1.0)
+    y = StackedLowRank.apply(x, torch.randn(4, 5), torch.zeros(5), rows, 1.0, None)
     (gradient,) = torch.autograd.grad(y.square().sum(), rows, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -99,7 +99,24 @@ def test_the_fast_layers_gradient_matches_finite_differences():
     rows = torch.randn(2, 2, 9, dtype=torch.float64, generator=generator, requires_grad=True)
     weight = torch.randn(4, 5, dtype=torch.float64, generator=generator)
     bias = torch.randn(5, dtype=torch.float64, generator=generator)
-    assert torch.autograd.gradcheck(lambda x, rows: StackedLowRank.apply(x, weight, bias, rows, 1.3), (x, rows))
+    for b in (bias, None):
+        assert torch.autograd.gradcheck(
+            lambda x, rows, b=b: StackedLowRank.apply(x, weight, b, rows, 1.3, None), (x, rows)
+        )
+
+
+def test_a_base_output_that_is_known_changes_nothing_and_stays_as_it_is():
+    x, rows = torch.randn(2, 3, 4), torch.randn(2, 1, 9, requires_grad=True)
+    weight, bias = torch.randn(4, 5), torch.randn(5)
+    known = torch.addmm(bias, x.view(6, 4), weight).view(2, 3, 5)
+    before = known.clone()
+    anew = StackedLowRank.apply(x, weight, bias, rows, 1.3, None)
+    recalled = StackedLowRank.apply(x, weight, bias, rows, 1.3, known)
+    torch.testing.assert_close(recalled, anew)
+    (a,) = torch.autograd.grad(anew.square().sum(), rows)
+    (b,) = torch.autograd.grad(recalled.square().sum(), rows)
+    torch.testing.assert_close(a, b)
+    assert known.equal(before)
 
 
 def test_bad_input_is_named():
