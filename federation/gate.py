@@ -19,7 +19,6 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import grad, vmap
 
 from federation.errors import ConfigError, PoolError
 
@@ -53,6 +52,15 @@ def standardise(gain_ug: Tensor, modules: int) -> Tensor:
     rounding = torch.finfo(gain.dtype).eps * gain.shape[2]
     differs = deviation > rounding
     return torch.where(differs, centred / torch.where(differs, deviation, 1.0), 0.0).view(gain_ug.shape)
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """The hidden layer h(state_u): GELU's value and slope (U, H), and what the units' factors meet, (U, D)."""
+
+    value_uh: Tensor
+    slope_uh: Tensor
+    output_ud: Tensor
 
 
 @dataclass(frozen=True)
@@ -124,8 +132,10 @@ class GateSpec:
 
     def logits(self, phi: Tensor, state: GateState) -> Tensor:
         """(U, G) logits, unit (j, r) at j * R + r."""
-        gain_ug = standardise(state.gain_ug, self.modules)
-        return self._logits(self.parts(phi), state.embedding_ue, self._context(state), gain_ug)
+        parts = self.parts(phi)
+        factored_ujd = self._hidden(parts, self._inputs(state)).output_ud[:, None] * parts["module_factor"]
+        correction_ug = (factored_ujd @ parts["rank_factor"].t()).flatten(1)
+        return correction_ug + parts["log_alpha"].exp() * standardise(state.gain_ug, self.modules)
 
     def vjp(self, phi: Tensor, state: GateState, gamma_ug: Tensor) -> tuple[Tensor, Tensor]:
         """Every user's own gradient of sum_g gamma_ug * logit_ug, with gamma held constant.
@@ -133,28 +143,40 @@ class GateSpec:
         Shapes: gamma_ug (U, G); results d phi (U, |phi|) and d embedding (U, E).
         """
 
-        def pairing(parts: Parts, embedding: Tensor, context: Tensor, gain: Tensor, gamma: Tensor) -> Tensor:
-            return (self._logits(parts, embedding, context, gain) * gamma).sum()
+        parts, alpha = self.parts(phi), self.parts(phi)["log_alpha"].exp()
+        inputs_ui = self._inputs(state)
+        hidden = self._hidden(parts, inputs_ui)
+        gamma_ujr = gamma_ug.view(len(gamma_ug), self.modules, self.rank)
+        d_factored_ujd = gamma_ujr @ parts["rank_factor"]
+        d_output_ud = (d_factored_ujd * parts["module_factor"]).sum(1)
+        d_sum_uh = (d_output_ud @ parts["output_weight"]) * hidden.slope_uh
 
-        # With respect to the parts, not to phi: the gradient of a view would be padded to the size of phi.
-        gradients, embedding_ue = vmap(grad(pairing, argnums=(0, 1)), in_dims=(None, 0, 0, 0, 0))(
-            self.parts(phi),
-            state.embedding_ue,
-            self._context(state),
-            standardise(state.gain_ug, self.modules),
-            gamma_ug,
-        )
-        return torch.cat([gradients[name].flatten(1) for name in self.shapes], 1), embedding_ue
+        # Each part is written where it lies in phi: a user's gradient is |phi| numbers, so copies would cost the most.
+        d_phi = gamma_ug.new_empty(len(gamma_ug), self.size)
+        pieces = torch.split(d_phi, [math.prod(shape) for shape in self.shapes.values()], 1)
+        out = {name: piece.unflatten(1, shape) for (name, shape), piece in zip(self.shapes.items(), pieces)}
+        torch.mul(d_sum_uh[:, :, None], inputs_ui[:, None], out=out["input_weight"])
+        out["input_bias"].copy_(d_sum_uh)
+        torch.mul(d_output_ud[:, :, None], hidden.value_uh[:, None], out=out["output_weight"])
+        out["output_bias"].copy_(d_output_ud)
+        torch.mul(d_factored_ujd, hidden.output_ud[:, None], out=out["module_factor"])
+        factored_ujd = hidden.output_ud[:, None] * parts["module_factor"]
+        out["rank_factor"].copy_(gamma_ujr.transpose(1, 2) @ factored_ujd)
+        paired_u1 = (standardise(state.gain_ug, self.modules) * gamma_ug).sum(1, keepdim=True)
+        torch.mul(alpha, paired_u1, out=out["log_alpha"])
+        d_inputs_ui = d_sum_uh @ parts["input_weight"]
+        return d_phi, d_inputs_ui[:, self.feature_width + 1 :]
 
-    def _context(self, state: GateState) -> Tensor:
-        """What is not trained: features, layer-normed, and budget: (U, F + 1)."""
+    def _inputs(self, state: GateState) -> Tensor:
+        """Features, layer-normed, budget and embedding: (U, F + 1 + E)."""
         features = F.layer_norm(state.features_uf, (self.feature_width,))
-        return torch.cat((features, torch.full_like(features[:, :1], state.budget_share)), 1)
+        budget = torch.full_like(features[:, :1], state.budget_share)
+        return torch.cat((features, budget, state.embedding_ue), 1)
 
-    def _logits(self, parts: Parts, embedding: Tensor, context: Tensor, gain: Tensor) -> Tensor:
-        """For any leading axes (none, under vmap): (.., E), (.., F + 1), (.., G) -> (.., G)."""
-        inputs = torch.cat((context, embedding), -1)
-        hidden = F.gelu(F.linear(inputs, parts["input_weight"], parts["input_bias"]))
-        h = F.linear(hidden, parts["output_weight"], parts["output_bias"])
-        correction = (h.unsqueeze(-2) * parts["module_factor"]) @ parts["rank_factor"].t()
-        return correction.flatten(-2) + parts["log_alpha"].exp() * gain
+    def _hidden(self, parts: Parts, inputs_ui: Tensor) -> _Hidden:
+        sum_uh = F.linear(inputs_ui, parts["input_weight"], parts["input_bias"])
+        normal_uh = torch.special.ndtr(sum_uh)
+        density_uh = torch.exp(-0.5 * sum_uh.square()) / math.sqrt(2.0 * math.pi)
+        value_uh = sum_uh * normal_uh
+        output_ud = F.linear(value_uh, parts["output_weight"], parts["output_bias"])
+        return _Hidden(value_uh, normal_uh + sum_uh * density_uh, output_ud)

@@ -34,7 +34,7 @@ class MaskDistribution(Protocol):
         ...
 
     def log_prob(self, masks_ukg: Tensor) -> Tensor:
-        """Log-probability of each mask, in nats: (U, K, G) -> (U, K)."""
+        """Log-probability of each mask, in nats: (U, K, G) -> (U, K). A distribution of one user serves all."""
         ...
 
     def inclusion(self) -> Tensor:
@@ -55,6 +55,10 @@ class MaskDistribution(Protocol):
 
     def uniform(self) -> MaskDistribution:
         """The same kind of distribution with all logits zero: every possible mask is equally likely."""
+        ...
+
+    def take(self, users: Tensor) -> MaskDistribution:
+        """The distribution of some of the users, by position."""
         ...
 
 
@@ -94,6 +98,9 @@ class Bernoulli:
 
     def uniform(self) -> Bernoulli:
         return Bernoulli(torch.zeros_like(self.logits_ug))
+
+    def take(self, users: Tensor) -> Bernoulli:
+        return Bernoulli(self.logits_ug[users])
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +165,7 @@ class FixedBudget:
                 f"a mask of this distribution has {self.budget} units in each module, got one with {worst}; "
                 "was it drawn with another budget?"
             )
-        log_e_u = self._log_e_rml[0, self.budget].view(users, self.modules).sum(1)
+        log_e_u = self._log_e_rml[0, self.budget].view(-1, self.modules).sum(1)
         return (masks_ukg * self.logits_ug[:, None]).sum(2) - log_e_u[:, None]
 
     def inclusion(self) -> Tensor:
@@ -186,6 +193,9 @@ class FixedBudget:
 
     def uniform(self) -> FixedBudget:
         return FixedBudget(torch.zeros_like(self.logits_ug), self.modules, self.budget)
+
+    def take(self, users: Tensor) -> FixedBudget:
+        return FixedBudget(self.logits_ug[users], self.modules, self.budget)
 
     @cached_property
     def _log_e_rml(self) -> Tensor:

@@ -24,8 +24,11 @@ def explored(
     A whole mask is explored or not. Shapes: uniform_ukg (U, K, G) and coin_uk (U, K) uniform in (0, 1);
     results masks (U, K, G) bool and log pi - log beta (U, K).
     """
-    explores_uk1 = coin_uk[..., None] < exploration
-    masks_ukg = torch.where(explores_uk1, distribution.uniform().sample(uniform_ukg), distribution.sample(uniform_ukg))
+    explores_uk = coin_uk < exploration
+    some_u = explores_uk.any(1).nonzero().squeeze(1)  # few: sampling from pi and from uniform for all would cost twice
+    masks_ukg = distribution.sample(uniform_ukg)
+    uniform = distribution.take(some_u).uniform().sample(uniform_ukg[some_u])
+    masks_ukg[some_u] = torch.where(explores_uk[some_u, :, None], uniform, masks_ukg[some_u])
     return masks_ukg, log_importance(distribution, masks_ukg, exploration)
 
 
@@ -37,7 +40,7 @@ def log_importance(distribution: MaskDistribution, masks_ukg: Tensor, exploratio
     if not 0 <= exploration < 1:
         raise ConfigError(f"exploration is a share of the masks within [0, 1), got {exploration}")
     log_pi = distribution.log_prob(masks_ukg)
-    log_uniform = distribution.uniform().log_prob(masks_ukg)
+    log_uniform = distribution.take(torch.arange(1)).uniform().log_prob(masks_ukg)  # the same for every user
     share = torch.full_like(log_pi, exploration)
     return log_pi - torch.logaddexp(log_pi + torch.log1p(-share), log_uniform + share.log())
 
