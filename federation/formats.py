@@ -107,7 +107,7 @@ def format_of(prefix: str, formats: Mapping[str, RowFormat]) -> RowFormat:
 
 def to_levels(sections: Sequence[Section], row_format: RowFormat) -> list[Levels]:
     """The levels of U users' sections, all of one prefix."""
-    rows = [section.rows_ukw.float().masked_fill(~section.valid_uk[..., None], 0.0) for section in sections]
+    rows = [section.without_padding().rows_ukw.float() for section in sections]
     match row_format.kind:
         case "fp32":
             return [Levels(rows_ukw, None) for rows_ukw in rows]

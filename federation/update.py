@@ -72,6 +72,12 @@ class Section:
         """The users at positions (or the mask) `keep`."""
         return Section(self.ids_uk[keep], self.valid_uk[keep], self.rows_ukw[keep])
 
+    def without_padding(self) -> Section:
+        """Padding rows become zero. Copies only where there are any."""
+        if self.valid_uk.all():
+            return self
+        return replace(self, rows_ukw=self.rows_ukw.masked_fill(~self.valid_uk[..., None], 0.0))
+
 
 @dataclass(frozen=True)
 class UpdateBlock:
@@ -211,7 +217,7 @@ def _clip(
 
     Copies only what it changes.
     """
-    clipped = {name: _zero_padding(section) for name, section in sections.items()}
+    clipped = {name: section.without_padding() for name, section in sections.items()}
     for prefix, bound in max_norm.items():
         group = [name for name in clipped if name.split("/")[0] == prefix]
         if not group:
@@ -224,9 +230,3 @@ def _clip(
                 section = clipped[name]
                 clipped[name] = replace(section, rows_ukw=section.rows_ukw * factor_u[:, None, None])
     return clipped
-
-
-def _zero_padding(section: Section) -> Section:
-    if section.valid_uk.all():
-        return section
-    return replace(section, rows_ukw=section.rows_ukw.masked_fill(~section.valid_uk[..., None], 0.0))

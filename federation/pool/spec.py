@@ -76,8 +76,8 @@ def rows_of_mask(mask_ug: Tensor, modules: int, max_rows: int) -> tuple[Tensor, 
 
 def gather(values: Mapping[str, Tensor], spec: PoolSpec, ids_ujk: Tensor, valid_ujk: Tensor) -> dict[str, Tensor]:
     """The chosen rows of each module: {section: (U, k, d_in + d_out)}; padding rows are zero, so they do nothing."""
-    rows = {}
+    rows, full = {}, bool(valid_ujk.all())
     for j, m in enumerate(spec.modules):
         chosen = values[m.section][ids_ujk[:, j]]
-        rows[m.section] = chosen.masked_fill(~valid_ujk[:, j, :, None], 0.0)
+        rows[m.section] = chosen if full else chosen.masked_fill_(~valid_ujk[:, j, :, None], 0.0)
     return rows
