@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test check evidence clean
+.PHONY: venv demo test check evidence bench clean
 
 venv: $(VENV)/.installed
 
@@ -25,6 +25,21 @@ check: venv
 
 evidence: venv
 	$(BIN)/fedquilt sweep evidence --seeds 5 --out runs/evidence
+
+# Wants a quiet machine. Records go to the tree last of all: each says whether the tree was as committed.
+bench: $(VENV)/.bench
+	$(BIN)/fedquilt bench throughput --workload w1 --out runs/bench
+	$(BIN)/fedquilt bench throughput --workload w2 --out runs/bench
+	$(BIN)/fedquilt bench aggregation --out runs/bench
+	$(BIN)/fedquilt bench population --out runs/bench
+	$(BIN)/fedquilt bench workers --out runs/bench
+	$(BIN)/fedquilt bench pipeline --out runs/bench
+	cp runs/bench/*.json simulations/results/
+	$(BIN)/python -m simulations.documents
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	touch $@
 
 clean:
 	rm -rf $(VENV)

@@ -16,7 +16,7 @@ from federation.gate import GateState
 from federation.mask_distribution import Bernoulli, FixedBudget, MaskDistribution
 from federation.policy_gradient import entropy_bonus, explored, price, reinforce
 from federation.pool.model import PooledModel
-from federation.pool.spec import gather, rows_of_mask
+from federation.pool.spec import PoolSpec, gather, rows_of_mask
 from federation.state import GATE_SECTION, gate_spec
 from federation.streams import Streams, UserIds
 from federation.update import Section, UpdateBlock, Values
@@ -115,7 +115,7 @@ def _choose(
     if gate.policy == "all":
         return _Choice(torch.ones(len(users), spec.units, dtype=torch.bool))
     if gate.policy == "random" or state.round_index <= gate.warmup:
-        return _Choice(_random_masks(streams.uniform("mask", users.ids, (spec.units,)), modules, gate))
+        return _Choice(random_masks(spec, users.ids, gate, streams))
     gain_ug = unit_gains(model, state.values, data.support.window(0, rule.local.gain_examples), share)
     if gate.policy == "saliency":
         return _Choice(distribution_of(gain_ug, modules, gate).mode())
@@ -165,9 +165,10 @@ def mask_rewards(model: PooledModel, values: Values, masks_ukg: Tensor, query: B
         return -model.loss(repeated).view(users, samples)
 
 
-def _random_masks(uniform_ug: Tensor, modules: int, gate: GateConfig) -> Tensor:
-    """A mask for each user in which all units are equally likely: the largest numbers, or those above 1/2."""
-    return distribution_of(uniform_ug - 0.5, modules, gate).mode()
+def random_masks(spec: PoolSpec, user_ids: UserIds, gate: GateConfig, streams: Streams) -> Tensor:
+    """A mask for each user in which all units are equally likely, (U, G) bool. `streams` is the round's."""
+    uniform_ug = streams.uniform("mask", user_ids, (spec.units,))
+    return distribution_of(uniform_ug - 0.5, len(spec.modules), gate).mode()  # the largest, or those above 1/2
 
 
 def distribution_of(logits_ug: Tensor, modules: int, gate: GateConfig) -> MaskDistribution:

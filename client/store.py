@@ -1,7 +1,7 @@
 """The user store: what persists for every user, crash-safe, on the node that owns the user's shard.
 
-One LMDB environment per shard (a fixed S-th of all users, by a hash of the id), opened when first needed.
-Records are keyed (user, round): round t reads the newest record before t and writes (user, t). So a round, or
+One LMDB environment per shard (a fixed S-th of all users, by a hash of the id), opened when first needed. A user's
+records are those of single rounds: round t reads the newest record before t and writes that of t. So a round, or
 a part of one, that is done again reads what it read before and writes what it wrote before.
 
 Durability: a write is one transaction per shard, flushed to the disk when it commits. A chunk of a cohort
@@ -9,12 +9,11 @@ lies in one shard, so this is one flush per chunk, and a committed chunk outlive
 cut: the records that a later checkpoint rests on are there.
 
 Compaction: `compact(durable_round)` only notes the round in each shard. When a user is next written, its
-records that no read can ask for any more are dropped in the same transaction, next to the new one. So the
-cost is O(users written), and no list of what changed needs to be kept. A quiet user keeps its last few
-records.
+records that no read can ask for any more are left out. So the cost is O(users written), and no list of what changed
+needs to be kept. A quiet user keeps its last few records.
 
-Damage: a changed bit in a record is found by its crc, a lost page by LMDB. LMDB has no checksums of its own,
-so a changed bit in the index of a shard can hide a record; a file system with checksums guards against that.
+Damage: a shard is checked when it is opened, and a record whenever it is read. A damaged shard raises
+DamagedShardError from every call that needs it, until it is restored or set aside.
 """
 
 from __future__ import annotations
@@ -22,65 +21,27 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import lmdb
 import numpy as np
 import numpy.typing as npt
 
-from client.state import FORMAT_VERSION, RecordLayout, UserBlock, join, user_key
+from client.shard import Shard, Transaction
+from client.state import FORMAT_VERSION, RecordLayout, UserBlock, join
 from federation.errors import StoreError
-from federation.files import sync, write_file
+from federation.files import remove_leftovers, write_file
+from federation.splitmix import mixed
 from federation.streams import UserIds
 
 MANIFEST_NAME = "store.json"
-_USER_BYTES = 8
-_DURABLE_ROUND = b"durable_round"
-_NONE_DURABLE = -1
 
 
 def shard_of(user_ids: UserIds, shards: int) -> npt.NDArray[np.int64]:
-    """The shard of each user: (U,) int64 -> (U,) in [0, shards).
-
-    The finaliser of SplitMix64 spreads consecutive ids evenly (Steele, Lea and Flood, "Fast splittable
-    pseudorandom number generators", OOPSLA 2014).
-    """
-    z = np.asarray(user_ids, dtype=np.int64).astype(np.uint64)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) % np.uint64(shards)).astype(np.int64)
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """An open environment: the users' records, and what the store notes about them."""
-
-    environment: Any
-    records: Any
-    notes: Any
-
-
-@dataclass(frozen=True)
-class _Transaction:
-    """A transaction on one shard. `cursor` moves over the users' records."""
-
-    handle: Any
-    cursor: Any
-    shard: _Shard
-    place: str
-
-    @property
-    def durable_round(self) -> int:
-        noted = self.handle.get(_DURABLE_ROUND, db=self.shard.notes)
-        return _NONE_DURABLE if noted is None else int.from_bytes(noted, "big")
-
-    @property
-    def records(self) -> int:
-        return int(self.handle.stat(self.shard.records)["entries"])
+    """The shard of each user, consecutive ids spread evenly: (U,) int64 -> (U,) in [0, shards)."""
+    words = mixed(np.asarray(user_ids, dtype=np.int64).astype(np.uint64))
+    return (words % np.uint64(shards)).astype(np.int64)
 
 
 class UserStore:
@@ -92,30 +53,29 @@ class UserStore:
     Several processes may open one store, each with its own `UserStore` used from one thread; LMDB lets one at
     a time write to a shard. A store that was used before a fork opens its shards anew in the child.
 
-    Raises StoreError when the folder holds a store of another shape and, from every method, when a shard is
-    damaged, full or cannot be opened.
+    Raises StoreError when the folder holds a store of another shape and, from every method, when a shard is full or
+    cannot be used; DamagedShardError when its data is damaged.
     """
 
     def __init__(self, folder: Path, shards: int, layout: RecordLayout, map_bytes: int = 1 << 34) -> None:
         self.folder, self.shards, self.layout = folder, shards, layout
         self._map_bytes = map_bytes
-        self._opened: dict[int, _Shard] = {}
-        self._process = os.getpid()
+        self._begin()
         _claim(folder, shards, layout)
 
     def read(self, user_ids: UserIds, before_round: int) -> UserBlock:
         """Each user's newest state of a round before `before_round`, or a fresh one, in the order of the ids.
 
-        Raises StoreError when `compact` may have dropped such records, or one of them is damaged.
+        Raises StoreError when `compact` may have dropped such records.
         """
         ids = np.asarray(user_ids, dtype=np.int64)
         blocks = [self.layout.fresh(ids[:0])]
         order, groups = self._by_shard(ids)
         for shard, ids_of_shard in groups:
-            with self._transaction(shard, write=False) as transaction:
+            with shard.transaction(write=False) as transaction:
                 _refuse_dropped(transaction, before_round - 1, f"reading before round {before_round}")
-                records = [_newest(transaction.cursor, user, before_round) for user in ids_of_shard.tolist()]
-                blocks.append(self.layout.decode(ids_of_shard, records, transaction.place))
+                newest = transaction.read(ids_of_shard).newest(before_round)
+            blocks.append(self.layout.decode(ids_of_shard, newest))
         return join(blocks).take(np.argsort(order))
 
     def write(self, block: UserBlock, round_index: int) -> None:
@@ -124,18 +84,18 @@ class UserStore:
         Each shard takes all of its users' records or none; after a StoreError the call may be repeated.
         Raises StoreError when the block is not of the store's layout, or the round was compacted.
         """
-        unique, times = np.unique(block.ids, return_counts=True)
-        if len(unique) != len(block):
-            user, rows = unique[times.argmax()], times.max()
-            raise StoreError(f"a block names a user once, got {rows} rows of user {user}; was it drawn twice?")
+        _refuse_repeated(block.ids)
         order, groups = self._by_shard(block.ids)
-        pairs = iter(self.layout.encode(block.take(order), round_index))
+        rows, start = self.layout.encode(block.take(order), round_index), 0
         for shard, ids in groups:
-            pairs_of_shard = [next(pairs) for _ in ids]
-            with self._transaction(shard, write=True) as transaction:
+            rows_of_shard, start = rows[start : start + len(ids)], start + len(ids)
+            with shard.transaction(write=True) as transaction:
                 _refuse_dropped(transaction, round_index - 1, f"writing round {round_index}")
-                transaction.cursor.putmulti(pairs_of_shard)
-                _drop_superseded(transaction, ids)
+                rounds = transaction.rounds
+                kept = transaction.read(ids).without_superseded(rounds.durable)
+                transaction.replace(ids, kept.with_round(rows_of_shard))
+                if round_index > rounds.newest:
+                    transaction.note(replace(rounds, newest=round_index))
 
     def compact(self, durable_round: int) -> None:
         """Allow records to be dropped that a resume from `durable_round`, or from a later round, never reads.
@@ -144,39 +104,57 @@ class UserStore:
         Applies to the shards that exist in this folder.
         """
         for shard in self._existing():
-            with self._transaction(shard, write=True) as transaction:
-                if durable_round > transaction.durable_round:
-                    noted = durable_round.to_bytes(4, "big")
-                    transaction.handle.put(_DURABLE_ROUND, noted, db=transaction.shard.notes)
+            with shard.transaction(write=True) as transaction:
+                rounds = transaction.rounds
+                if durable_round > rounds.durable:
+                    transaction.note(replace(rounds, durable=durable_round))
 
     def rewind(self, round_index: int) -> None:
         """Drop the records of rounds after `round_index`, of a history that a resume has given up.
 
-        Scans all keys, so it is for the start of a run. Raises StoreError below the durable round.
+        For the start of a run, by one process alone: a shard with such records is read whole, in about 1 us per user.
+        Raises StoreError below the durable round.
         """
+        remove_leftovers(self.folder)
         for shard in self._existing():
-            with self._transaction(shard, write=True) as transaction:
+            with shard.transaction(write=True) as transaction:
                 _refuse_dropped(transaction, round_index, f"rewinding to round {round_index}")
-                keys = transaction.cursor.iternext(keys=True, values=False)
-                late = [key for key in keys if int.from_bytes(key[_USER_BYTES:], "big") > round_index]
-                for key in late:
-                    transaction.cursor.set_key(key)
-                    transaction.cursor.delete()
+                rounds = transaction.rounds
+                if rounds.newest > round_index:
+                    _drop_later(transaction, round_index)
+                    transaction.note(replace(rounds, newest=round_index))
 
     def count(self) -> int:
-        """Records held, of all users and rounds. Costs O(shards)."""
+        """Users held. Costs O(shards)."""
         total = 0
         for shard in self._existing():
-            with self._transaction(shard, write=False) as transaction:
-                total += transaction.records
+            with shard.transaction(write=False) as transaction:
+                total += transaction.users
         return total
+
+    def bytes_per_user(self) -> float:
+        """What the store takes on the disk, over the users held; 0 for an empty one. Costs O(shards)."""
+        users = self.count()
+        return sum(shard.disk_bytes for shard in self._existing()) / users if users else 0.0
+
+    def set_aside(self, shard: int) -> Path:
+        """Renames a shard's folder, and returns its new name: the shard begins anew, with fresh users.
+
+        Nothing is deleted. For one process at a time; other processes notice when they next use the shard.
+        Raises StoreError when it cannot be renamed.
+        """
+        return self._shards[shard].set_aside()
+
+    def begun_anew(self, shard: int) -> bool:
+        """Whether a shard takes the place of one that was set aside."""
+        return self._shards[shard].begun_anew
 
     def close(self) -> None:
         """Close the shards that this process opened. Using the store again opens them again."""
         if self._process == os.getpid():
-            for shard in self._opened.values():
-                shard.environment.close()
-        self._opened = {}
+            for shard in self._shards:
+                shard.close()
+        self._begin()
 
     def __enter__(self) -> UserStore:
         return self
@@ -186,101 +164,52 @@ class UserStore:
     ) -> None:
         self.close()
 
-    def _by_shard(self, ids: UserIds) -> tuple[npt.NDArray[np.int64], list[tuple[int, UserIds]]]:
+    def _begin(self) -> None:
+        folders = [self.folder / f"shard-{number:04d}" for number in range(self.shards)]
+        self._all = [Shard(number, folder, self.layout, self._map_bytes) for number, folder in enumerate(folders)]
+        self._process = os.getpid()
+
+    @property
+    def _shards(self) -> list[Shard]:
+        if self._process != os.getpid():  # an LMDB environment must not cross a fork
+            self._begin()
+        return self._all
+
+    def _existing(self) -> Iterator[Shard]:
+        return (shard for shard in self._shards if shard.exists)
+
+    def _by_shard(self, ids: UserIds) -> tuple[npt.NDArray[np.int64], list[tuple[Shard, UserIds]]]:
         """The order of (shard, key) over the ids, and the ids in that order, cut by shard."""
         shard_u = shard_of(ids, self.shards)
         order = np.lexsort((ids.astype(np.uint64), shard_u))
         present, starts = np.unique(shard_u[order], return_index=True)
-        return order, list(zip(present.tolist(), np.split(ids[order], starts[1:])))
-
-    def _folder_of(self, shard: int) -> Path:
-        return self.folder / f"shard-{shard:04d}"
-
-    def _existing(self) -> list[int]:
-        return [shard for shard in range(self.shards) if self._folder_of(shard).is_dir()]
-
-    def _shard(self, shard: int) -> _Shard:
-        if self._process != os.getpid():  # an LMDB environment must not cross a fork
-            self._opened, self._process = {}, os.getpid()
-        if shard not in self._opened:
-            self._opened[shard] = _open(self._folder_of(shard), self._map_bytes)
-        return self._opened[shard]
-
-    @contextmanager
-    def _transaction(self, shard: int, *, write: bool) -> Iterator[_Transaction]:
-        """A transaction that commits at the end of the block, and changes nothing when the block raises."""
-        place = f"shard {shard} ({self._folder_of(shard)})"
-        try:
-            opened = self._shard(shard)
-            with opened.environment.begin(write=write) as handle:
-                yield _Transaction(handle, handle.cursor(db=opened.records), opened, place)
-        except lmdb.MapFullError as error:
-            raise StoreError(
-                f"{place} may take {self._map_bytes} bytes and is full; nothing of this call was kept in it; "
-                "open the store with a larger map_bytes"
-            ) from error
-        except (lmdb.Error, OSError) as error:
-            raise StoreError(
-                f"{place} cannot be used ({error}); nothing of this call was kept in it. If the disk is "
-                "full, free space and repeat the call; if the file is damaged, restore the shard from a "
-                "copy, or remove its folder so that its users start afresh"
-            ) from error
+        return order, [(self._shards[number], part) for number, part in zip(present, np.split(ids[order], starts[1:]))]
 
 
-def _open(folder: Path, map_bytes: int) -> _Shard:
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = lmdb.open(str(folder), map_size=map_bytes, max_dbs=2, readahead=False)
-    try:
-        environment.reader_check()  # a killed reader's slot would keep old pages from being used again
-        _restore_length(environment, folder / "data.mdb")
-        shard = _Shard(environment, environment.open_db(b"records"), environment.open_db(b"notes"))
-        sync(folder)  # LMDB flushes its files, not the folder that names them
-        sync(folder.parent)
-    except BaseException:
-        environment.close()
-        raise
-    return shard
+def _drop_later(transaction: Transaction, round_index: int) -> None:
+    """Drop all users' records of rounds after `round_index`."""
+    changed = []
+    for ids, histories in transaction.batches():
+        late = np.unique(histories.user_r[histories.rows["round"] > round_index])
+        if len(late):
+            changed.append((ids[late], histories.of(late).until(round_index)))
+    for ids, histories in changed:
+        transaction.replace(ids, histories)
 
 
-def _restore_length(environment: Any, data: Path) -> None:
-    """Give a data file that is too short its full length, so that reading it cannot end in SIGBUS.
-
-    LMDB leaves out unused pages at the end of a file now and then, so a short file need not be damaged. If it
-    is, the pages that it lost now read as zeros, and LMDB refuses those. The write transaction keeps other
-    writers out meanwhile.
-    """
-    with environment.begin(write=True):
-        needed_bytes = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-        if data.stat().st_size < needed_bytes:
-            os.truncate(data, needed_bytes)
+def _refuse_repeated(ids: UserIds) -> None:
+    unique, times = np.unique(ids, return_counts=True)
+    if len(unique) != len(ids):
+        user, rows = unique[times.argmax()], times.max()
+        raise StoreError(f"a block names a user once, got {rows} rows of user {user}; was it drawn twice?")
 
 
-def _seek(cursor: Any, user: int, before_round: int) -> bool:
-    """Put the cursor on the user's newest record before a round; False when there is none."""
-    key = user_key(user, before_round)
-    found = cursor.prev() if cursor.set_range(key) else cursor.last()
-    return bool(found) and cursor.key()[:_USER_BYTES] == key[:_USER_BYTES]
-
-
-def _newest(cursor: Any, user: int, before_round: int) -> tuple[bytes, bytes] | None:
-    return cursor.item() if _seek(cursor, user, before_round) else None
-
-
-def _drop_superseded(transaction: _Transaction, ids: UserIds) -> None:
-    """Drop each user's records that are older than its newest durable one."""
-    durable_round, cursor = transaction.durable_round, transaction.cursor
-    for user in ids.tolist():
-        if _seek(cursor, user, durable_round + 1):
-            while _seek(cursor, user, int.from_bytes(cursor.key()[_USER_BYTES:], "big")):
-                cursor.delete()
-
-
-def _refuse_dropped(transaction: _Transaction, round_index: int, what: str) -> None:
+def _refuse_dropped(transaction: Transaction, round_index: int, what: str) -> None:
     """Refuse what rests on states as they were after `round_index`, when those may have been dropped."""
-    if round_index < transaction.durable_round:
+    if round_index < transaction.rounds.durable:
         raise StoreError(
             f"{what} needs records of rounds that {transaction.place} has dropped: it was compacted to round "
-            f"{transaction.durable_round}; resume from a checkpoint of that round or a later one"
+            f"{transaction.rounds.durable}; resume from a checkpoint of that round or a later one"
         )
 
 

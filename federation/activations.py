@@ -34,7 +34,7 @@ class _TanhGelu(torch.autograd.Function):
         compute = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
         linear = torch.tensor(_LINEAR, dtype=compute)
         scratch = torch.empty(2, min(_TILE, len(flat)), dtype=compute)
-        for tile, value_out, derivative_out in zip(flat.split(_TILE), value.split(_TILE), derivative.split(_TILE)):
+        for tile, value_out, derivative_out in zip(*(torch.split(t, _TILE) for t in (flat, value, derivative))):
             at = tile.to(compute)
             slope, s = scratch[:, : len(at)]
             torch.addcmul(linear, at, at, value=_CUBIC, out=slope)
@@ -51,7 +51,7 @@ class _TanhGelu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (derivative,) = ctx.saved_tensors
+        derivative: Tensor = ctx.saved_tensors[0]
         # In place: the derivative is not needed again, and autograd refuses a second backward over a changed tensor.
         return derivative.view_as(gradient).mul_(gradient)
 

@@ -8,11 +8,14 @@ A message states the rule, the value, the place and the remedy.
     ├── PoolError          rows or units do not belong to this pool
     │   └── MaskError      a packed mask that is not one of this pool
     ├── CodecError         bytes that are not a valid update
-    ├── StoreError         the user store is damaged, full or of another format
+    ├── StoreError         the user store is full, of another format, or cannot be used
+    │   └── DamagedShardError  a shard's data is damaged
     ├── CheckpointError    no usable checkpoint
     ├── PluginError        an unknown, duplicate or ill-formed plugin
     └── RunError           a run that cannot start, continue or be read
 """
+
+from __future__ import annotations
 
 
 class FedquiltError(Exception):
@@ -40,7 +43,18 @@ class CodecError(FedquiltError):
 
 
 class StoreError(FedquiltError):
-    """The user store is damaged, full or of another format."""
+    """The user store is full, of another format, or cannot be used."""
+
+
+class DamagedShardError(StoreError):
+    """A shard's data is damaged. shard: its number in the store."""
+
+    def __init__(self, message: str, shard: int) -> None:
+        super().__init__(message)
+        self.shard = shard
+
+    def __reduce__(self) -> tuple[type[DamagedShardError], tuple[str, int]]:
+        return DamagedShardError, (str(self), self.shard)
 
 
 class CheckpointError(FedquiltError):
@@ -53,3 +67,7 @@ class PluginError(FedquiltError):
 
 class RunError(FedquiltError):
     """A run that cannot start, continue or be read."""
+
+
+class FedquiltWarning(UserWarning):
+    """What a run goes on without, and should be known."""

@@ -154,7 +154,7 @@ class GateSpec:
         # Each part is written where it lies in phi: a user's gradient is |phi| numbers, so copies would cost the most.
         d_phi = gamma_ug.new_empty(len(gamma_ug), self.size)
         pieces = torch.split(d_phi, [math.prod(shape) for shape in self.shapes.values()], 1)
-        out = {name: piece.unflatten(1, shape) for (name, shape), piece in zip(self.shapes.items(), pieces)}
+        out = {name: piece.view(len(d_phi), *shape) for (name, shape), piece in zip(self.shapes.items(), pieces)}
         torch.mul(d_sum_uh[:, :, None], inputs_ui[:, None], out=out["input_weight"])
         out["input_bias"].copy_(d_sum_uh)
         torch.mul(d_output_ud[:, :, None], hidden.value_uh[:, None], out=out["output_weight"])

@@ -147,7 +147,7 @@ class FixedBudget:
             chosen_rkl[r] = uniform_rkl[r] < choose_rml[r].gather(0, left_kl)
             left_kl = left_kl - chosen_rkl[r].long()
         chosen = chosen_rkl.view(self.rank, masks, users, self.modules).permute(2, 1, 3, 0)
-        return chosen.reshape(users, masks, -1)
+        return chosen.flatten(2)
 
     def mode(self) -> Tensor:
         by_module = self.logits_ug.view(-1, self.rank)

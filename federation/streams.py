@@ -36,6 +36,11 @@ def philox(counter: tuple[npt.NDArray[np.uint64], ...], key: tuple[int, int]) ->
     return np.stack((c0, c1, c2, c3), axis=-1).astype(np.uint32)
 
 
+def below(words: npt.NDArray[np.uint32], high: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Integers in [0, high) from random words, uniform up to a share of high / 2**32; shapes broadcast."""
+    return ((words * high) >> _SHIFT).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class Streams:
     """A place in the tree of random streams.
@@ -56,25 +61,47 @@ class Streams:
         digest = hashlib.blake2b(name, digest_size=8).digest()
         return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
+    def words(self, purpose: str, user_ids: UserIds, places_un: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
+        """Four random 32-bit words at each place, below 2**32, of each user's stream; places cost alike, near or far.
+
+        Shapes: user_ids (U,), places_un (U, N) or (1, N), result (U, N, 4).
+        """
+        users = np.asarray(user_ids, dtype=np.int64).astype(np.uint64)[:, None]
+        low, high, place = np.broadcast_arrays(users & _LOW, users >> _SHIFT, places_un.astype(np.uint64))
+        return philox((place, np.zeros_like(place), low, high), self._key(purpose))
+
     def bits(self, purpose: str, user_ids: UserIds, count: int) -> npt.NDArray[np.uint32]:
         """`count` random 32-bit words per user. Shapes: user_ids (U,), result (U, count)."""
-        users = np.asarray(user_ids, dtype=np.int64).astype(np.uint64)[:, None]
-        blocks = np.arange(-(-count // 4), dtype=np.uint64)[None, :]
-        low, high, block = np.broadcast_arrays(users & _LOW, users >> _SHIFT, blocks)
-        words = philox((block, np.zeros_like(block), low, high), self._key(purpose))
-        return words.reshape(len(users), -1)[:, :count]
+        places = np.arange(-(-count // 4))[None, :]
+        return self.words(purpose, user_ids, places).reshape(len(user_ids), places.shape[1] * 4)[:, :count]
 
     def uniform(self, purpose: str, user_ids: UserIds, shape: tuple[int, ...]) -> Tensor:
-        """Uniform numbers strictly between 0 and 1. Shapes: user_ids (U,), result (U, *shape) float32."""
+        """Uniform numbers strictly between 0 and 1, on torch's default device, the same on all.
+
+        Shapes: user_ids (U,), result (U, *shape) float32.
+        """
         words = self.bits(purpose, user_ids, int(np.prod(shape)))
         values = ((words >> np.uint32(8)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-24)
-        return torch.from_numpy(values).view(len(user_ids), *shape)
+        return torch.as_tensor(values).view(len(user_ids), *shape)
 
     def integers(self, purpose: str, user_ids: UserIds, high_u: npt.ArrayLike, count: int) -> npt.NDArray[np.int64]:
         """Integers in [0, high_u). Shapes: user_ids (U,), high_u (U,) or (), result (U, count)."""
-        words = self.bits(purpose, user_ids, count).astype(np.uint64)
-        high = np.broadcast_to(np.asarray(high_u, dtype=np.uint64), (len(words),))[:, None]
-        return ((words * high) >> _SHIFT).astype(np.int64)
+        high = np.broadcast_to(np.asarray(high_u, dtype=np.uint64), (len(user_ids),))[:, None]
+        return below(self.bits(purpose, user_ids, count), high)
+
+    def distinct(self, purpose: str, user_ids: UserIds, high: int, count: int) -> npt.NDArray[np.int64]:
+        """`count` <= `high` different integers in [0, high), in random order. Shapes: user_ids (U,), result (U, count).
+
+        The first steps of a shuffle (Fisher and Yates): step n swaps the places n and n + [0, high - n). What lies at
+        a place then is found by going back over the swaps. So drawing few of many costs no more than drawing few.
+        """
+        assert count <= high, (count, high)
+        step_n = np.arange(count)
+        swapped_un = step_n + below(self.bits(purpose, user_ids, count), (high - step_n).astype(np.uint64))
+        for step in reversed(range(count - 1)):
+            later = swapped_un[:, step + 1 :]
+            later[later == swapped_un[:, step, None]] = step
+        return swapped_un
 
     def normal(self, purpose: str, user_ids: UserIds, shape: tuple[int, ...]) -> Tensor:
         """Standard normal numbers (Box-Muller). Shapes: user_ids (U,), result (U, *shape) float32."""

@@ -180,7 +180,7 @@ def _row_norms(section: Section) -> Tensor:
     One fast pass in float32. Only rows whose squares overflow there are looked at again, in float64, where finite
     float32 entries never do.
     """
-    norm_uk = torch.linalg.vector_norm(section.rows_ukw, dim=2).double().masked_fill_(~section.valid_uk, 0.0)
+    norm_uk: Tensor = torch.linalg.vector_norm(section.rows_ukw, dim=2).double().masked_fill_(~section.valid_uk, 0.0)
     odd_uk = ~torch.isfinite(norm_uk)
     if odd_uk.any():
         norm_uk[odd_uk] = section.rows_ukw[odd_uk].double().square().sum(1).sqrt()

@@ -41,10 +41,12 @@ def target_figures(
     """The figures with whatever rows are bound."""
     text = _of_text(population)
     inputs, targets = test.flat()
-    log_prob = target_log_probs(model.base.module, inputs, targets).view(test.targets.shape).double().numpy()
+    log_prob = target_log_probs(model.base.module, inputs, targets).view(test.targets.shape).double().numpy(force=True)
     support = [text.tokens(int(user), "support") for user in user_ids]
-    cache_prob, matched = cache_probabilities(support, test.inputs.numpy(), test.targets.numpy(), text.tokenizer.size)
-    counted = np.broadcast_to(test.weight.numpy()[..., None] > 0, log_prob.shape)
+    cache_prob, matched = cache_probabilities(
+        support, test.inputs.numpy(force=True), test.targets.numpy(force=True), text.tokenizer.size
+    )
+    counted = np.broadcast_to(test.weight.numpy(force=True)[..., None] > 0, log_prob.shape)
     return TargetFigures(log_prob, cache_prob, matched, counted, nats_per_bit_u)
 
 

@@ -5,7 +5,6 @@ Heavy modules are imported inside the commands, so that help and mistyped argume
 
 from __future__ import annotations
 
-import json
 import os
 import traceback
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typer.core import TyperGroup
 from federation.errors import ConfigError, FedquiltError
 from federation.house import check_house
 from federation.plugins import suggest
+from simulations.benchmarks.commands import bench
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 RUNS = Path("runs")
@@ -43,7 +43,6 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
-bench = typer.Typer(no_args_is_help=True)
 app.add_typer(bench, name="bench", help="Measure speed on this machine.")
 
 Experiment = Annotated[
@@ -127,6 +126,37 @@ def pretrain(experiment: Experiment = "code", *, overrides: Overrides) -> None:
         f"it never saw, {report['seconds']:.0f} s of training"
     )
     console.print(base.name, soft_wrap=True, highlight=False)
+
+
+@app.command()
+def calibrate(
+    experiment: Experiment = "code",
+    *,
+    overrides: Overrides,
+    out: Annotated[Path | None, typer.Option(help="New file: the experiment with this block size.")] = None,
+) -> None:
+    """Find how many users this machine trains fastest in one stacked computation, and write it.
+
+    Runs on one core; let nothing else run meanwhile. Overrides are used for the measurement, not written.
+    """
+    from federation.config import load_config
+    from federation.files import write_file
+    from simulations.calibrate import calibrate, with_block
+    from simulations.progress import Terminal
+    from simulations.runs import prepare_base
+
+    path = experiment_path(experiment)
+    config = load_config(path, overrides)
+    if out is not None and out.exists():
+        raise ConfigError(f"--out names a new file, {out} exists; give another")
+    console = Console()
+    with Terminal(console) as progress:
+        prepare_base(config, progress)
+    best = calibrate(config, lambda r: console.print(f"{r.block:>6} users a block: {r.users_per_second:,.0f} users/s"))
+    console.print(f"compute.block = {best.block}")
+    if out is not None:
+        write_file(out, with_block(path.read_text(), best.block).encode())
+        _say_where(console, "experiment", out)
 
 
 @app.command()
@@ -260,27 +290,6 @@ def check_strategy(
     if findings:
         raise typer.Exit(1)
     typer.echo(f"{name} keeps all {len(LAWS)} laws: {', '.join(LAWS)}")
-
-
-@bench.command()
-def throughput(
-    workload: Annotated[str, typer.Option(help="w1: a small perceptron. w2: a small GPT-2.")],
-    users: Annotated[int | None, typer.Option(min=1, help="Users per repetition.")] = None,
-    block: Annotated[int | None, typer.Option(min=1, help="Users in one stacked computation.")] = None,
-    repetitions: Annotated[int, typer.Option(min=3, help="Of which the median counts.")] = 5,
-    out: Annotated[Path | None, typer.Option(help="Folder for the record.")] = None,
-) -> None:
-    """Users trained per second, stacked and in a plain loop, on one thread. Prints one JSON line."""
-    from simulations.benchmarks.throughput import measure
-    from simulations.benchmarks.workloads import workload as workload_named
-    from simulations.record import write_json
-
-    chosen = workload_named(workload)
-    result = measure(chosen, users or chosen.users, block or chosen.block, repetitions)
-    typer.echo(json.dumps(result.line))
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / f"throughput-{workload}.json", result.record())
 
 
 def experiment_path(name: str) -> Path:

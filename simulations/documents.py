@@ -6,7 +6,8 @@ A document marks what is rendered, and a test holds it equal to its source:
     <!-- seeds: simulations/results/evidence.json -->    a sweep's methods over its seeds
     <!-- claims: simulations/results/evidence.json -->   paired differences of methods, over a sweep's seeds
     <!-- masks: simulations/results/synthetic.json -->   how near masks come to the best ones
-    <!-- line: simulations/results/throughput-w1.json -->  a benchmark's figures
+    <!-- bench: simulations/results/pipeline.json -->     a benchmark's figures
+    <!-- scale: simulations/results/million.json -->      time, memory and disk of a run
     <!-- source: tests/plugins/installed/sign_mean.py -->  a file, as a block of code
     <!-- end -->
 """
@@ -20,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from simulations import tables
+from simulations.benchmarks.figures import figures
 
 HOUSE = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/results.md")
+DOCUMENTS = ("README.md", "docs/results.md", "docs/speed.md")
 CLAIMS = (
     ("dsa_t2", "base"),
     ("dsa_t2", "shared"),
@@ -99,11 +101,19 @@ def _masks(record: Record) -> str:
     return _markdown(("mask", "F1 against the user's best", "F1 against its type's habit"), rows)
 
 
-def _line(record: Record) -> str:
-    keys = ("workload", "engine_fp32", "naive", "ratio", "max_relative_difference", "users", "block")
-    values = {key: record[key] for key in keys}
-    rows = [(key, f"{value:,.4g}" if isinstance(value, float) else value) for key, value in values.items()]
-    return _markdown(("figure", "value"), rows)
+def _bench(record: Record) -> str:
+    return _figures(record, record["kind"])
+
+
+def _scale(record: Record) -> str:
+    return _figures(record, "run")
+
+
+def _figures(record: Record, kind: str) -> str:
+    """The first figure heads the table when it has several values: it is what the others depend on."""
+    rows = figures(record, kind)
+    head, rows = (rows[0], rows[1:]) if len(rows[0]) > 2 else (("figure", "value"), rows)
+    return _markdown(head, rows)
 
 
 def _only_variant(record: Record) -> Record:
@@ -121,7 +131,8 @@ _KINDS: dict[str, Callable[[Record], str]] = {
     "seeds": _seeds,
     "claims": _claims,
     "masks": _masks,
-    "line": _line,
+    "bench": _bench,
+    "scale": _scale,
 }
 
 

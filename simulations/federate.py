@@ -17,28 +17,46 @@ from client.round import RoundState
 from client.store import UserStore, shard_of
 from federation.config import RunConfig
 from federation.data.population import as_array
-from federation.errors import PopulationError, RunError
+from federation.errors import RunError
 from federation.files import write_file
-from federation.streams import Streams, UserIds
+from federation.streams import UserIds
 from server import checkpoint
 from server.round import ServerState, close, from_checkpoint, to_parts
+from simulations.cohorts import draw_cohort
+from simulations.memory import largest, private_memory, total
+from simulations.placement import Shard
 from simulations.setup import Setup
 from simulations.worker import Broadcast, ChunkReport, merge_reports, run_chunk, run_on_store
 from simulations.workers import Workers
 
 _WHO_WORKS = {"workers", "devices_per_worker", "ray_address"}
 HISTORY_NAME = "rounds.jsonl"
+CHECKPOINTS_NAME = "checkpoints"
+STORE_NAME = "users"
 
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What is known of one finished round. metrics: means over the admitted users."""
+    """What is known of one finished round.
+
+    metrics: means over the admitted users.
+    private_mib: the most memory that driver and workers held for themselves, together (see `memory`).
+    object_store_mib: what lay in the workers' shared memory at the end.
+    halved_blocks: how many blocks were trained in halves for want of memory; then the bits are others.
+    rebuilt: by shard of the user store that was damaged, how many users began anew; then the bits are others too.
+    replaced_workers: how many died and were replaced; the bits are the same.
+    """
 
     round_index: int
     users: int
     rejected: dict[str, int]
     metrics: dict[str, float]
     seconds: float
+    private_mib: float | None
+    object_store_mib: float
+    halved_blocks: int
+    rebuilt: Mapping[int, int]
+    replaced_workers: int
 
     @property
     def users_per_second(self) -> float:
@@ -56,12 +74,13 @@ def federate(
     """All rounds of a federation in `folder`, or those that are left when `resume` finds a checkpoint.
 
     Killed at any moment and resumed, it ends with the same bits: users' records are keyed by round, a round's
-    effects are one checkpoint, and randomness is addressed by round and user.
+    effects are one checkpoint, and randomness is addressed by round and user. Ctrl-C leaves a checkpoint of the last
+    finished round.
 
     Raises RunError when the folder holds a federation and `resume` is off, or holds one of another configuration.
     """
     federation = setup.config.federation
-    checkpoints, users_folder = folder / "checkpoints", folder / "users"
+    checkpoints, users_folder = folder / CHECKPOINTS_NAME, folder / STORE_NAME
     if checkpoint.rounds(checkpoints) and not resume:
         raise RunError(f"{folder} holds a federation already; resume it, or give another folder")
     started_as = {"config": identity(setup.config), "users": _fingerprint(train_users)}
@@ -71,43 +90,35 @@ def federate(
         _save(state, checkpoints, started_as)
     _on_store(workers, setup, users_folder, UserStore.rewind, state.round_index)
     history = _History(folder, state.round_index)
-    started = time.perf_counter()
-    for round_index in range(state.round_index + 1, federation.rounds + 1):
-        cohort = draw_cohort(train_users, federation.cohort, setup.streams.at("round", round_index))
-        state, report = _one_round(setup, workers, state, cohort, users_folder)
-        admitted = max(1, report.users - sum(report.rejected.values()))
-        metrics = {name: value / admitted for name, value in report.metric_sums.items()}
-        ended = time.perf_counter()
-        finished = RoundReport(round_index, report.users, report.rejected, metrics, ended - started)
-        started = ended  # so a checkpoint's time counts in the round after it
-        history.add(finished)  # before its checkpoint: a resume drops the rounds that it does again
-        if round_index % federation.checkpoint_every == 0 or round_index == federation.rounds:
+    started, replaced = time.perf_counter(), workers.replaced
+    try:
+        for round_index in range(state.round_index + 1, federation.rounds + 1):
+            cohort = cohort_of(setup, train_users, round_index)
+            after, report, object_store_mib = _one_round(setup, workers, state, cohort, users_folder)
+            ended = time.perf_counter()
+            finished = _finished(round_index, report, ended - started, object_store_mib, workers.replaced - replaced)
+            started, replaced = ended, workers.replaced  # so a checkpoint's time counts in the round after it
+            history.add(finished)  # before its checkpoint: a resume drops the rounds that it does again
+            state = after
+            if round_index % federation.checkpoint_every == 0 or round_index == federation.rounds:
+                _save(state, checkpoints, started_as)
+                _on_store(workers, setup, users_folder, UserStore.compact, min(checkpoint.rounds(checkpoints)))
+            on_round(finished)
+    except KeyboardInterrupt:
+        if state.round_index not in checkpoint.rounds(checkpoints):
             _save(state, checkpoints, started_as)
-            _on_store(workers, setup, users_folder, UserStore.compact, min(checkpoint.rounds(checkpoints)))
-        on_round(finished)
+        raise
     return state
 
 
-def draw_cohort(train_users: range | UserIds, size: int, streams: Streams) -> UserIds:
-    """`size` different training users, ascending. Costs O(size) for a range, whatever its length.
-
-    Raises PopulationError when there are fewer users than that.
-    """
-    count = len(train_users)
-    if size > count:
-        raise PopulationError(
-            f"a cohort of {size} needs as many training users, the population has {count}; "
-            "lower federation.cohort or give more users"
-        )
-    generator = np.random.Generator(np.random.Philox(int(streams.bits("cohort", np.zeros(1, np.int64), 1)[0, 0])))
-    positions = generator.choice(count, size, replace=False, shuffle=False)
-    chosen = as_array(train_users)[positions] if not isinstance(train_users, range) else train_users.start + positions
-    return np.sort(chosen.astype(np.int64))
+def cohort_of(setup: Setup, train_users: range | UserIds, round_index: int) -> UserIds:
+    """Who takes part in a round, ascending."""
+    return draw_cohort(train_users, setup.config.federation, setup.streams, round_index)
 
 
 def last_checkpoint(folder: Path) -> checkpoint.Checkpoint:
     """The newest usable checkpoint of a federation in `folder`."""
-    return checkpoint.load_latest(folder / "checkpoints")
+    return checkpoint.load_latest(folder / CHECKPOINTS_NAME)
 
 
 def load_state(setup: Setup, folder: Path) -> ServerState:
@@ -148,16 +159,40 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 
 def _one_round(
     setup: Setup, workers: Workers, state: ServerState, cohort: UserIds, users_folder: Path
-) -> tuple[ServerState, ChunkReport]:
+) -> tuple[ServerState, ChunkReport, float]:
+    """The state after a round, what is known of it, and the MiB in the object store when it is fullest."""
     broadcast = workers.share(Broadcast(RoundState(state.values, state.round_index + 1, state.version), state.strategy))
     chunks = cut(cohort, setup.config.federation.shards)
     jobs = [(broadcast, setup.config, users_folder, chunk) for chunk in chunks]
-    finished = {position: (partial, report) for position, partial, report in workers.run(run_chunk, jobs)}
+    shards = shards_of(chunks, users_folder, setup.config.federation.shards)
+    finished = {position: (partial, report) for position, partial, report in workers.run(run_chunk, jobs, shards)}
     in_order = [finished[position] for position in range(len(jobs))]
     partial = workers.fold([partial for partial, _ in in_order], setup.rules.strategy.merge)
+    object_store_mib = workers.object_store_mib()
     trained = setup.config.local.factors(state.round_index + 1)
     frozen = {"down", "up"} - set(trained)
-    return close(state, partial, setup.rules, frozen), merge_reports([report for _, report in in_order])
+    report = merge_reports([report for _, report in in_order])
+    return close(state, partial, setup.rules, frozen), report, object_store_mib
+
+
+def _finished(
+    round_index: int, report: ChunkReport, seconds: float, object_store_mib: float, replaced_workers: int
+) -> RoundReport:
+    admitted = max(1, report.users - sum(report.rejected.values()))
+    metrics = {name: value / admitted for name, value in report.metric_sums.items()}
+    private_mib = total(largest((report.memory, private_memory())))
+    return RoundReport(
+        round_index=round_index,
+        users=report.users,
+        rejected=report.rejected,
+        metrics=metrics,
+        seconds=seconds,
+        private_mib=private_mib,
+        object_store_mib=object_store_mib,
+        halved_blocks=report.halved_blocks,
+        rebuilt=report.rebuilt,
+        replaced_workers=replaced_workers,
+    )
 
 
 def cut(cohort: UserIds, shards: int) -> Sequence[UserIds]:
@@ -166,12 +201,16 @@ def cut(cohort: UserIds, shards: int) -> Sequence[UserIds]:
     return [cohort[shard_u == shard] for shard in np.unique(shard_u)]
 
 
+def shards_of(chunks: Sequence[UserIds], users_folder: Path, shards: int) -> list[Shard]:
+    """The shard of the user store that each chunk lies in."""
+    return [Shard(users_folder, int(shard_of(chunk[:1], shards)[0]), shards) for chunk in chunks]
+
+
 def _on_store(
     workers: Workers, setup: Setup, folder: Path, action: Callable[[UserStore, int], None], round_index: int
 ) -> None:
-    """Runs a method of the user store on a worker: a process may open a shard once only."""
-    for _ in workers.run(run_on_store, [(setup.config, folder, action, round_index)]):
-        pass
+    """Runs a method of the user store on a worker of each node: a process may open a shard once only."""
+    workers.on_every_node(run_on_store, setup.config, folder, action, round_index)
 
 
 def _last_state(setup: Setup, checkpoints: Path, started_as: Mapping[str, Any]) -> ServerState | None:
@@ -194,10 +233,16 @@ def _fingerprint(train_users: range | UserIds) -> str:
     """Tells the users that cohorts are drawn from apart from others."""
     if isinstance(train_users, range):
         return repr(train_users)
-    return hashlib.blake2b(as_array(train_users).tobytes(), digest_size=8).hexdigest()
+    return hashlib.blake2b(np.ascontiguousarray(as_array(train_users)).data, digest_size=8).hexdigest()
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
     """The part of a configuration that decides the bits: not who works, nor what is measured afterwards."""
-    free: Any = {"name": True, "kind": True, "evaluate": True, "federation": {"checkpoint_every"}, "compute": _WHO_WORKS}
+    free: Any = {
+        "name": True,
+        "kind": True,
+        "evaluate": True,
+        "federation": {"checkpoint_every"},
+        "compute": _WHO_WORKS,
+    }
     return config.model_dump(mode="json", exclude=free)

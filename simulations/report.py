@@ -88,8 +88,8 @@ def findings(record: Record) -> list[str]:
 
 
 def _opening(record: Record) -> str:
-    users = record.get("users", {})
-    trained = f"{users['train']:,} users" if "train" in users else "users"
+    splits = record.get("splits", {})
+    trained = f"{splits['train']:,} users" if "train" in splits else "users"
     about = f"fedquilt, run {record.get('name', '')}: {record.get('rounds', '?')} rounds over {trained}"
     parts = [f"<header><p>{escape(about)}</p><h1>{escape(headline(record))}</h1></header>"]
     if SUBJECT in record.get("methods", {}) and "base_bits_per_char" in record:
@@ -119,7 +119,7 @@ def _lead(record: Record) -> str:
 
 
 def _harmed(entry: Mapping[str, float], record: Record) -> str:
-    measured = record.get("users", {}).get("measured")
+    measured = record.get("splits", {}).get("measured")
     if measured is None:
         return f"{percent(entry['harmed'])} of users are"
     count = round(entry["harmed"] * measured)

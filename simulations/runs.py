@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from federation.data.population import Population
 from federation.errors import ConfigError, RunError
 from federation.update import Values
 from server.checkpoint import checksum
+from server.checkpoint import rounds as checkpointed_rounds
+from simulations.audit import Audit, audit
 from simulations.cached import check_methods
 from simulations.evaluate import Evaluation, evaluate, federated_users
-from simulations.federate import RoundReport, federate, identity, last_checkpoint, read_history
+from simulations.federate import CHECKPOINTS_NAME, RoundReport, federate, identity, last_checkpoint, read_history
 from simulations.methods import methods_of, sources_of
 from simulations.populations import make_population
 from simulations.populations.text import prepare
@@ -37,7 +39,7 @@ from simulations.record import (
 )
 from simulations.serve import Trained
 from simulations.setup import first_pool, set_up, wrap
-from simulations.workers import Workers, start_workers
+from simulations.workers import Workers, on_device, start_workers
 
 CONFIG_NAME = "config.json"
 POPULATION_NAME = "population.json"
@@ -57,8 +59,9 @@ def run(config: RunConfig, out: Path, resume: bool = False, progress: Progress |
     """Runs a configuration in the folder `out`; with `resume`, continues what is there.
 
     Raises RunError when the folder holds a run and `resume` is off, when it holds another run's configuration, and
-    when it cannot be written.
+    when it cannot be written; and when there is no device as asked for, before any work.
     """
+    config = on_device(config)
     progress = progress or Silent()
     if (out / CONFIG_NAME).exists() and not resume:
         raise RunError(f"{out} holds a run already; continue it with --resume, or give another --out")
@@ -98,10 +101,11 @@ def _train_and_serve(
                 state = federate(setup, workers, users, out / name, resume, observer)
             trained[name] = state.values
         evaluation = _evaluate(config, population, workers, federations, trained, progress)
+        audited = audit(set_up(config, model), workers, federated_users(population, config), out / MAIN)
     finally:
         workers.close()
     seconds = before + time.perf_counter() - started
-    return _record(config, population, out, evaluation, origin, seconds), evaluation
+    return _record(config, population, out, evaluation, audited, origin, seconds), evaluation
 
 
 def _claim(out: Path, config: RunConfig) -> None:
@@ -190,7 +194,8 @@ class _Observer:
 
     def __init__(self, out: Path, name: str, rounds: int, progress: Progress) -> None:
         self._writer = SummaryWriter(str(out / "tensorboard" / name))
-        self._stage = progress.stage(f"federate {name}", rounds)
+        done = max(checkpointed_rounds(out / name / CHECKPOINTS_NAME), default=0)
+        self._stage = progress.stage(f"federate {name}", rounds, done)
         self._rounds, self._note = rounds, ""
 
     def __enter__(self) -> _Observer:
@@ -200,7 +205,9 @@ class _Observer:
         for name, value in report.metrics.items():
             self._writer.add_scalar(name, value, report.round_index)
         self._writer.add_scalar("users_per_second", report.users_per_second, report.round_index)
-        self._note = f"{report.users_per_second:.0f} users/s, {_brief(report.metrics)}"
+        if report.private_mib is not None:
+            self._writer.add_scalar("private_mib", report.private_mib, report.round_index)
+        self._note = f"{report.users_per_second:,.0f} users/s, loss {report.metrics['support_loss']:.3f}"
         self._stage.update(report.round_index, self._note)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -208,11 +215,6 @@ class _Observer:
         if kind is None:
             self._stage.update(self._rounds, self._note)  # a federation that was finished before shows as such
         self._stage.close()
-
-
-def _brief(metrics: Mapping[str, float]) -> str:
-    shown = {"support_loss": "loss", "reward": "reward"}
-    return ", ".join(f"{label} {metrics[name]:.3f}" for name, label in shown.items() if name in metrics)
 
 
 def _evaluate(
@@ -233,11 +235,10 @@ def _record(
     population: Population,
     out: Path,
     evaluation: Evaluation | None,
+    audited: Audit,
     origin: Mapping[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
-    rounds = read_history(out / MAIN)
-    trained, worked = (sum(line[key] for line in rounds) for key in ("users", "seconds"))
     record: dict[str, Any] = {
         "kind": config.kind,
         "name": config.name,
@@ -246,18 +247,41 @@ def _record(
         "config": config.model_dump(mode="json"),
         "population": {"name": population.name, **population.describe()},
         "base": describe_base(population.base_model()),
-        "users": {split: len(population.users(split)) for split in ("train", "new")},
-        "rounds": config.federation.rounds,
+        "splits": {split: len(population.users(split)) for split in ("train", "new")},
         "seconds": round(seconds, 1),
-        "users_per_second": round(trained / worked, 1) if rounds else None,
-        "rejected": sum(sum(line["rejected"].values()) for line in rounds),
-        "checksum": checksum(last_checkpoint(out / MAIN)),
-        "history": [{"round": line["round_index"], **line["metrics"]} for line in rounds],
+        **_trained(config, out, audited),
     }
     if evaluation is not None:
-        record["users"] |= {"measured": len(evaluation.user_ids), "groups": len(set(evaluation.groups_u.tolist()))}
+        record["splits"] |= {"measured": len(evaluation.user_ids), "groups": len(set(evaluation.groups_u.tolist()))}
         record["base_bits_per_char"] = float(evaluation.results[0].loss_u.mean())
         record["methods"] = method_table(evaluation)
         record["comparisons"] = comparisons(evaluation)
         record["masks"] = mask_quality(evaluation, population)
     return record
+
+
+def _trained(config: RunConfig, out: Path, audited: Audit) -> dict[str, Any]:
+    """What the federations took and left: speed, users and history are those of the pool's."""
+    rounds, visits = read_history(out / MAIN), audited.visits
+    every_round = [line for name in _federations(config) for line in read_history(out / name)]
+    users, seconds = (sum(line[key] for line in rounds) for key in ("users", "seconds"))
+    return {
+        "rounds": config.federation.rounds,
+        "users": visits.users,
+        "users_per_second": round(users / seconds, 1) if rounds else None,
+        "peak_mib": _most(line["private_mib"] for line in every_round),
+        "object_store_mib": _most(line["object_store_mib"] for line in every_round),
+        "bytes_per_user": round(audited.bytes_per_user, 1),
+        "rejected": sum(sum(line["rejected"].values()) for line in rounds),
+        "visits": {"users": visits.users, "total": visits.visits, "mismatched": visits.mismatched},
+        "replaced_workers": sum(line["replaced_workers"] for line in every_round),
+        "rebuilt_users": sum(sum(line["rebuilt"].values()) for line in every_round),
+        "bit_identical": not any(line["halved_blocks"] or line["rebuilt"] for line in every_round),
+        "checksum": checksum(last_checkpoint(out / MAIN)),
+        "users_checksum": visits.checksum,
+        "history": [{"round": line["round_index"], **line["metrics"]} for line in rounds],
+    }
+
+
+def _most(measured: Iterable[float | None]) -> float | None:
+    return max((value for value in measured if value is not None), default=None)

@@ -24,6 +24,7 @@ from federation.state import GATE_SECTION
 from federation.streams import UserIds
 from federation.update import Schema, Section, SectionSpec, Values
 from simulations.cached import TargetFigures, target_figures
+from simulations.devices import CPU, making_tensors_on, moved
 from simulations.methods import Method, Tuned
 from simulations.setup import Setup
 from simulations.statistics import Floats
@@ -68,13 +69,13 @@ def propose_masks(worker: Worker, trained: Trained, user_ids: UserIds) -> tuple[
     gate, spec = trained.config.gate, setup.model.spec
     values = trained.values["pool"]
     streams = setup.streams.at("serve")
-    support = worker.population.batch(user_ids, "support", trained.config.evaluate.gain_examples, streams.at("gain"))
+    support = worker.batch(user_ids, "support", trained.config.evaluate.gain_examples, streams.at("gain"))
     share = gate.budget / spec.rank
     gain_ug = unit_gains(setup.model, values, support, share)
     modules = len(spec.modules)
     proposals = {"saliency": distribution_of(gain_ug, modules, gate).mode()}
     if GATE_SECTION in values:
-        fresh = setup.record_layout.fresh(user_ids)
+        fresh = moved(setup.record_layout.fresh(user_ids), worker.device)
         state = GateState(setup.model.features(support), fresh.embedding_ue, gain_ug, share)
         logits_ug = setup.gate.logits(values[GATE_SECTION], state)
         proposals["gate"] = distribution_of(logits_ug, modules, gate).mode()
@@ -88,7 +89,7 @@ def serve_block(
     worker: Worker, trained: Trained, user_ids: UserIds, packed: Mapping[str, Tensor], plans: Sequence[Plan]
 ) -> tuple[None, dict[Plan, Served]]:
     """Every plan's result on the users' test part. Plans that differ only in the format share their tuning."""
-    test = worker.population.batch(user_ids, "test", None, worker.setup(trained.config).streams)
+    test = worker.batch(user_ids, "test", None, worker.setup(trained.config).streams)
     nats_per_bit_u = math.log(2.0) * worker.population.chars_per_target(user_ids, "test")
     tuned: dict[Plan, tuple[Start, Rows, float]] = {}
     results = {}
@@ -103,11 +104,11 @@ def serve_block(
         kept, bytes_u = payload(start, personal, plan.method)
         model = start.setup.model
         with torch.no_grad(), model.bound(personalised(start.spec, start.rows, kept, plan.method.tuned)):
-            loss_u = model.loss(test).double().numpy() / nats_per_bit_u
+            loss_u = model.loss(test).double().numpy(force=True) / nats_per_bit_u
             figures = (
                 target_figures(model, worker.population, user_ids, test, nats_per_bit_u) if plan.method.cache else None
             )
-        results[plan] = Served(loss_u, bytes_u.numpy(), start.active_share, seconds, figures)
+        results[plan] = Served(loss_u, bytes_u.numpy(force=True), start.active_share, seconds, figures)
     return None, results
 
 
@@ -143,8 +144,14 @@ def start_of(
     most = int(mask_ug.view(users, len(spec.modules), -1).sum(2).max())
     ids_ujk, valid_ujk = rows_of_mask(mask_ug, len(spec.modules), max(1, most))
     fresh = method.source in ("fresh", "base")
-    values = spec.init(setup.streams.generator("fresh")) if fresh else trained.values[method.source]
+    values = fresh_values(worker, setup, spec) if fresh else trained.values[method.source]
     return Start(setup, spec, gather(values, spec, ids_ujk, valid_ujk), ids_ujk, valid_ujk)
+
+
+def fresh_values(worker: Worker, setup: Setup, spec: PoolSpec) -> Values:
+    """The same rows on any device: torch's generators are not."""
+    with making_tensors_on(CPU):
+        return moved(spec.init(setup.streams.generator("fresh")), worker.device)
 
 
 def personal_widths(module: ModuleSpec, tuned: Tuned) -> dict[str, int]:
@@ -184,7 +191,7 @@ def tune(worker: Worker, start: Start, plan: Plan, user_ids: UserIds) -> Rows:
         return zero
 
     def gradients_of(personal: Rows, step: int) -> list[Tensor]:
-        batch = worker.population.batch(user_ids, "support", examples, streams.at("tune", step))
+        batch = worker.batch(user_ids, "support", examples, streams.at("tune", step))
         leaves = {name: values.detach().requires_grad_() for name, values in personal.items()}
         with model.bound(personalised(spec, start.rows, leaves, tuned)):
             loss_u = model.loss(batch)

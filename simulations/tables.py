@@ -146,9 +146,9 @@ def unit_of(record: Record) -> str:
 
 def caption(record: Record) -> str:
     """What the table's figures mean, in one line."""
-    users = record.get("users", {})
+    splits = record.get("splits", {})
     group = _GROUP_WORDS.get(record.get("population", {}).get("name", ""), "group")
-    measured = f"{users['measured']} new users of {users['groups']} {group}s" if "measured" in users else "new users"
+    measured = f"{splits['measured']} new users of {splits['groups']} {group}s" if "measured" in splits else "new users"
     return (
         f"Gain: {unit_of(record)} saved against the frozen model, higher is better; mean over {measured} "
         f"± standard error clustered by {group}; p10, p90: percentiles over users. Harmed: worse off than "

@@ -1,30 +1,40 @@
 """What one worker does: it owns the base model, loads it once, and works through chunks of a cohort.
 
-A chunk is a shard's part of one cohort: the unit of work, of retry and of commit. Doing it again changes nothing.
+A job is a module-level function `job(worker, *args) -> (result, report)`. The jobs of a round are chunks: a chunk is a
+shard's part of one cohort, the unit of work, of retry and of commit. Doing it again changes nothing.
 """
 
 from __future__ import annotations
 
+import platform
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from client.round import RoundState, local_round, round_data
-from client.state import join
-from client.store import UserStore
+from client.state import UserBlock, join
+from client.store import UserStore, shard_of
 from federation.config import RunConfig
-from federation.data.population import Population
+from federation.data.population import Batch, Part, Population
+from federation.errors import DamagedShardError, RunError
 from federation.formats import quantise
-from federation.streams import UserIds
+from federation.streams import Streams, UserIds
 from federation.update import UpdateBlock
 from server.round import lift
+from simulations.devices import CPU, making_tensors_on, moved
+from simulations.memory import Memory, largest, private_memory
 from simulations.populations import make_population
 from simulations.setup import Setup, set_up, wrap
 from strategies.protocol import State
+
+Job = Callable[..., tuple[Any, Any]]
+T = TypeVar("T")
+
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 @dataclass(frozen=True)
@@ -37,20 +47,40 @@ class Broadcast:
 
 @dataclass(frozen=True)
 class ChunkReport:
-    """What the driver learns of a chunk: counts and sums, nothing of a single user."""
+    """What the driver learns of a chunk: counts and sums, nothing of a single user; and the memory that it took.
+
+    rebuilt: by shard that takes the place of a damaged one, the users it knew nothing of: their state began anew, their
+    data came from the population as ever. An entry, be it 0, means other bits than an undisturbed run's.
+    halved_blocks: how many blocks were of half the size, for want of memory: then sums are taken in another order.
+    """
 
     users: int
     rejected: dict[str, int]
     metric_sums: dict[str, float]
+    memory: Memory
+    rebuilt: Mapping[int, int] = field(default_factory=dict)
+    halved_blocks: int = 0
 
 
 class Worker:
-    """The population and base model of one process, and the federations it has been asked to work for."""
+    """The population and base model of one process, and the federations it has been asked to work for.
+
+    device: where the base model is; jobs find their tensors there (`perform`).
+    Raises RunError when torch cannot use the device.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         torch.set_num_threads(1)  # processes of one thread each beat threads, and give the same bits everywhere
+        self.device = torch.device(config.compute.device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise RunError(
+                f"compute.device = 'cuda' needs a torch that can use a GPU, {platform.node()} has torch "
+                f"{torch.__version__} and finds none; install a CUDA build there, or set it to 'cpu'"
+            )
         self.population: Population = make_population(config.population)
-        self._model = wrap(config, self.population.base_model())
+        base = self.population.base_model()
+        base.module.to(self.device)
+        self._model = wrap(config, base)
         self._setups: dict[str, Setup] = {}
         self._stores: dict[Path, UserStore] = {}
 
@@ -60,6 +90,11 @@ class Worker:
         if key not in self._setups:
             self._setups[key] = set_up(config, self._model)
         return self._setups[key]
+
+    def batch(self, user_ids: UserIds, part: Part, size: int | None, streams: Streams) -> Batch:
+        """As of a population, on the worker's device. Populations make their data on the CPU."""
+        with making_tensors_on(CPU):
+            return moved(self.population.batch(user_ids, part, size, streams), self.device)
 
     def store(self, setup: Setup, folder: Path) -> UserStore:
         """The user store of a federation, opened once."""
@@ -73,6 +108,12 @@ class Worker:
             store.close()
 
 
+def perform(worker: Worker, job: Job, *arguments: Any) -> tuple[Any, Any]:
+    """Does a job on the worker's device: its arguments go there, new tensors are made there, its results come back."""
+    with making_tensors_on(worker.device):
+        return moved(job(worker, *moved(arguments, worker.device)), CPU)
+
+
 def run_chunk(
     worker: Worker, broadcast: Broadcast, config: RunConfig, store_folder: Path, user_ids: UserIds
 ) -> tuple[Any, ChunkReport]:
@@ -80,28 +121,62 @@ def run_chunk(
     setup = worker.setup(config)
     store = worker.store(setup, store_folder)
     round_index = broadcast.state.round_index
-    streams = setup.streams.at("round", round_index)
-    users = store.read(user_ids, before_round=round_index)
+    users = mended(store, lambda: store.read(user_ids, before_round=round_index))
     partial, trained, reports = None, [], []
-    for part in blocks(len(user_ids), config.compute.block):
-        block = users.take(part)
-        data = round_data(worker.population, block.ids, setup.local, streams)
-        update, block = local_round(setup.model, broadcast.state, block, data, setup.local, streams)
-        update = replace(update, sections=quantise(update.sections, setup.update_formats))
-        lifted, rejections = lift(update, broadcast.strategy, setup.rules)
+
+    def train(part: slice) -> tuple[Any, UserBlock, ChunkReport]:
+        return train_block(worker, setup, broadcast, users.take(part))
+
+    for (lifted, block, report), halved in halving_blocks(train, len(user_ids), config.compute.block):
         partial = lifted if partial is None else setup.rules.strategy.merge(partial, lifted)
         trained.append(block)
-        reports.append(_report(update, rejections.reasons))
-    store.write(join(trained), round_index)
-    return partial, merge_reports(reports)
+        reports.append(replace(report, halved_blocks=int(halved)))
+    mended(store, lambda: store.write(join(trained), round_index))
+    return partial, replace(merge_reports(reports), rebuilt=_rebuilt(store, users))
+
+
+def train_block(
+    worker: Worker, setup: Setup, broadcast: Broadcast, block: UserBlock
+) -> tuple[Any, UserBlock, ChunkReport]:
+    """The users' updates as a partial, on the worker's device, and their new state, on the CPU."""
+    streams = setup.streams.at("round", broadcast.state.round_index)
+    data = round_data(worker, block.ids, setup.local, streams)
+    update, block = local_round(setup.model, broadcast.state, moved(block, worker.device), data, setup.local, streams)
+    update = replace(update, sections=quantise(update.sections, setup.update_formats))
+    lifted, rejections = lift(update, broadcast.strategy, setup.rules)
+    return lifted, moved(block, CPU), _report(update, rejections.reasons)
 
 
 def run_on_store(
     worker: Worker, config: RunConfig, store_folder: Path, action: Callable[[UserStore, int], None], round_index: int
 ) -> tuple[None, None]:
     """Compacts or rewinds the user store."""
-    action(worker.store(worker.setup(config), store_folder), round_index)
+    store = worker.store(worker.setup(config), store_folder)
+    mended(store, lambda: action(store, round_index))
     return None, None
+
+
+def mended(store: UserStore, action: Callable[[], T]) -> T:
+    """What an action on the store gives. A shard found damaged is set aside and the action done again: its users are
+    fresh ones then.
+
+    Raises DamagedShardError when the shard that took its place is damaged too: then the disk is.
+    """
+    aside: set[int] = set()
+    while True:
+        try:
+            return action()
+        except DamagedShardError as damage:
+            if damage.shard in aside:
+                raise
+            store.set_aside(damage.shard)
+            aside.add(damage.shard)
+
+
+def _rebuilt(store: UserStore, users: UserBlock) -> Mapping[int, int]:
+    """As in `ChunkReport`, of one chunk's users as they were read."""
+    shard = int(shard_of(users.ids[:1], store.shards)[0])
+    return {shard: int((users.visits_u == 0).sum())} if store.begun_anew(shard) else {}
 
 
 def blocks(count: int, size: int) -> Iterator[slice]:
@@ -109,16 +184,56 @@ def blocks(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
+def halving_blocks(work: Callable[[slice], T], count: int, size: int) -> Iterator[tuple[T, bool]]:
+    """`work` on consecutive slices of at most `size`, and whether the size has been halved by then.
+
+    Where memory runs out, what is left is done in slices of half the size. Raises RunError where it runs out again.
+    """
+    start, halved = 0, False
+    while start < count:
+        part = slice(start, min(start + size, count))
+        try:
+            done = work(part)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if halved or size == 1:
+                raise RunError(
+                    f"a block of users must fit into memory, one of {part.stop - start} does not ({error}); "
+                    "lower compute.block in a new run, or compute.workers and resume"
+                ) from error
+            size, halved = size // 2, True
+        else:
+            yield done, halved
+            start = part.stop
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocator said so: of a GPU (a type of its own), of torch on the CPU (only words), or of Python."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in said for word in _OUT_OF_MEMORY)
+
+
 def merge_reports(reports: list[ChunkReport]) -> ChunkReport:
-    """Sums of the parts."""
+    """Sums of the parts, and the most memory of each process."""
     rejected: dict[str, int] = {}
     sums: dict[str, float] = {}
+    rebuilt: dict[int, int] = {}
     for report in reports:
         for reason, count in report.rejected.items():
             rejected[reason] = rejected.get(reason, 0) + count
         for name, value in report.metric_sums.items():
             sums[name] = sums.get(name, 0.0) + value
-    return ChunkReport(sum(r.users for r in reports), rejected, sums)
+        for shard, users in report.rebuilt.items():
+            rebuilt[shard] = rebuilt.get(shard, 0) + users
+    return ChunkReport(
+        users=sum(r.users for r in reports),
+        rejected=rejected,
+        metric_sums=sums,
+        memory=largest(r.memory for r in reports),
+        rebuilt=rebuilt,
+        halved_blocks=sum(r.halved_blocks for r in reports),
+    )
 
 
 def _report(update: UpdateBlock, reasons: Mapping[int, str]) -> ChunkReport:
@@ -126,4 +241,4 @@ def _report(update: UpdateBlock, reasons: Mapping[int, str]) -> ChunkReport:
     admitted = torch.ones(len(update.weight_u), dtype=torch.bool)
     admitted[list(reasons)] = False
     sums = {name: float(values[admitted].double().sum()) for name, values in update.metrics.items()}
-    return ChunkReport(len(admitted), dict(Counter(reasons.values())), sums)
+    return ChunkReport(len(admitted), dict(Counter(reasons.values())), sums, private_memory())

@@ -1,38 +1,52 @@
 """Where the work is done: in this process, or in Ray actors. Jobs are given out as workers become free.
 
-A job is a module-level function `job(worker, *args) -> (result, report)`. The result stays where it was made until it
-is folded; the report comes to the driver.
+The result of a job (see `simulations/worker.py`) stays where it was made until it is folded; the report comes here.
 """
 
 from __future__ import annotations
 
-import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from itertools import cycle
 from typing import Any, Protocol
 
-from federation.config import RunConfig
-from federation.errors import RunError
-from server.tree import fold
-from simulations.worker import Worker
+import torch
 
-Job = Callable[..., tuple[Any, Any]]
+from federation.config import ComputeConfig, RunConfig
+from federation.errors import FedquiltWarning, RunError
+from server.tree import fold
+from simulations.placement import Shard
+from simulations.worker import Job, Worker, perform
 
 
 class Workers(Protocol):
-    """Something that runs jobs."""
+    """Something that runs jobs. replaced: how many workers have died and were replaced."""
+
+    replaced: int
 
     def share(self, value: Any) -> Any:
         """A handle to a value that many jobs take as an argument."""
         ...
 
-    def run(self, job: Job, arguments: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any, Any]]:
-        """(position, handle of the result, report) of each job, in the order in which they finish."""
+    def run(
+        self, job: Job, arguments: Sequence[tuple[Any, ...]], shards: Sequence[Shard] = ()
+    ) -> Iterator[tuple[int, Any, Any]]:
+        """(position, handle of the result, report) of each job, in the order in which they finish.
+
+        shards: the shard of the user store that each job reads and writes, where jobs do.
+        """
+        ...
+
+    def on_every_node(self, job: Job, *arguments: Any) -> None:
+        """Runs a job once on each node, one after the other."""
         ...
 
     def fold(self, results: Sequence[Any], merge: Callable[[Any, Any], Any]) -> Any:
-        """All results merged, in their order."""
+        """All results merged, in their order. Needs handles that `run` gave."""
+        ...
+
+    def object_store_mib(self) -> float:
+        """What lies in the memory that processes share, which is no one's private memory."""
         ...
 
     def close(self) -> None:
@@ -44,98 +58,82 @@ class InProcess:
     """One worker in this process: for tests, notebooks and debugging."""
 
     def __init__(self, config: RunConfig) -> None:
+        self.replaced = 0
         self._worker = Worker(config)
 
     def share(self, value: Any) -> Any:
         return value
 
-    def run(self, job: Job, arguments: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any, Any]]:
+    def run(
+        self, job: Job, arguments: Sequence[tuple[Any, ...]], shards: Sequence[Shard] = ()
+    ) -> Iterator[tuple[int, Any, Any]]:
         for position, args in enumerate(arguments):
-            result, report = job(self._worker, *args)
+            result, report = perform(self._worker, job, *args)
             yield position, result, report
+
+    def on_every_node(self, job: Job, *arguments: Any) -> None:
+        perform(self._worker, job, *arguments)
 
     def fold(self, results: Sequence[Any], merge: Callable[[Any, Any], Any]) -> Any:
         return fold(results, merge)
+
+    def object_store_mib(self) -> float:
+        return 0.0
 
     def close(self) -> None:
         self._worker.close()
 
 
-class RayWorkers:
-    """One Ray actor of one thread per worker, on a local cluster that ends with this object."""
-
-    def __init__(self, config: RunConfig) -> None:
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else ray.init warns of a future change
-        import ray
-
-        self._ray = ray
-        count = config.compute.workers
-        ray.init(
-            address="local",
-            num_cpus=count,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=False,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}},
-        )
-
-        class Actor:
-            """A Worker that runs whatever job it is handed."""
-
-            def __init__(self) -> None:
-                self._worker = Worker(config)
-
-            def run(self, job: Job, *args: Any) -> tuple[Any, Any]:
-                return job(self._worker, *args)
-
-            def merge(self, merge: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
-                return merge(a, b)
-
-        actor = ray.remote(num_cpus=1)(Actor)
-        self._actors = [actor.remote() for _ in range(count)]
-
-    def share(self, value: Any) -> Any:
-        return self._ray.put(value)
-
-    def run(self, job: Job, arguments: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any, Any]]:
-        waiting = list(enumerate(arguments))[::-1]
-        running: dict[Any, tuple[int, Any, int]] = {}
-        idle = list(range(len(self._actors)))[::-1]
-        while waiting or running:
-            while waiting and idle:
-                position, args = waiting.pop()
-                number = idle.pop()
-                result, report = self._actors[number].run.options(num_returns=2).remote(job, *args)
-                running[report] = (position, result, number)
-            (done,), _ = self._ray.wait(list(running), num_returns=1)
-            position, result, number = running.pop(done)
-            report = self._get(done, f"worker {number} died in job {position} of {len(arguments)}")
-            idle.append(number)
-            yield position, result, report
-
-    def fold(self, results: Sequence[Any], merge: Callable[[Any, Any], Any]) -> Any:
-        # On the actors, not as Ray tasks: those start processes of their own, which load torch anew (2 s of work each).
-        turns = cycle(self._actors)
-        whole = fold(results, lambda a, b: next(turns).merge.remote(merge, a, b))
-        return self._get(whole, "a worker died merging partials")
-
-    def close(self) -> None:
-        self._ray.shutdown()
-
-    def _get(self, reference: Any, if_dead: str) -> Any:
-        """The value behind a reference. An error that a job raised is raised here as it was."""
-        try:
-            return self._ray.get(reference)
-        except self._ray.exceptions.RayActorError as error:
-            raise RunError(
-                f"{if_dead} ({error.__class__.__name__}); "
-                "nothing that was checkpointed is lost: run the same command with --resume"
-            ) from error
-        except self._ray.exceptions.RayTaskError as error:
-            raise error.cause from error
-
-
 def start_workers(config: RunConfig) -> Workers:
-    """The workers that a configuration asks for."""
-    return RayWorkers(config) if config.compute.workers else InProcess(config)
+    """The workers that a configuration asks for. Warns of workers that can only be in each other's way."""
+    config = on_device(config)
+    if not config.compute.workers:
+        return InProcess(config)
+    _warn_of_idle_workers(config)
+    from simulations.ray_workers import RayWorkers
+
+    return RayWorkers(config)
+
+
+def on_device(config: RunConfig) -> RunConfig:
+    """The configuration with the device that there is: "auto" becomes "cuda" or "cpu".
+
+    Raises RunError for "cuda" without a GPU: asked before a run, it costs no work.
+    """
+    compute = config.compute
+    if compute.device == "cpu":
+        return config
+    where, gpus = _gpus(compute)
+    if compute.device == "cuda" and not gpus:
+        raise RunError(
+            f"compute.device = 'cuda' needs a GPU, {where} has none; set it to 'cpu', or to 'auto' for either"
+        )
+    found = compute.model_copy(update={"device": "cuda" if gpus else "cpu"})
+    return config.model_copy(update={"compute": found})
+
+
+def _gpus(compute: ComputeConfig) -> tuple[str, int]:
+    """Where the work would be done, and how many GPUs there are."""
+    if compute.workers and compute.ray_address is not None:
+        from simulations.ray_workers import cluster_gpus
+
+        return f"the Ray cluster at {compute.ray_address}", cluster_gpus(compute)
+    return "torch on this machine", torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _warn_of_idle_workers(config: RunConfig) -> None:
+    workers, cores, shards = config.compute.workers, len(os.sched_getaffinity(0)), config.federation.shards
+    if config.compute.ray_address is None and workers > cores:
+        warnings.warn(
+            f"{workers} workers of one thread share {cores} cores, which is slower than {cores} workers; "
+            "lower compute.workers",
+            FedquiltWarning,
+            stacklevel=3,
+        )
+    if workers > shards:
+        warnings.warn(
+            f"a round is cut into at most {shards} chunks, one per shard, so of {workers} workers {workers - shards} "
+            "have nothing to do; lower compute.workers, or raise federation.shards in a new run",
+            FedquiltWarning,
+            stacklevel=3,
+        )

@@ -22,8 +22,16 @@ MAY_IMPORT = {
     "simulations": {"federation", "strategies", "client", "server"},
 }
 ONLY_IN = {
-    "ray": {"simulations/workers.py"},
-    "flwr": {"client/app.py", "server/app.py", "server/flower.py", "federation/records.py"},
+    "ray": {"simulations/cluster.py", "simulations/ray_workers.py"},
+    "flwr": {
+        "client/app.py",
+        "server/app.py",
+        "server/flower.py",
+        "federation/records.py",
+        "simulations/benchmarks/peers/flower.py",
+        "simulations/benchmarks/aggregation.py",
+    },
+    "pfl": {"simulations/benchmarks/peers/pfl.py"},
     "grpc": {"client/agent.py"},
 }
 NOT_ON_A_DEVICE = ("ray", "plotly", "tensorboard", "typer", "rich")

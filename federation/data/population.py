@@ -44,18 +44,22 @@ class Batch:
         return Batch(self.inputs[users], self.targets[users], self.weight[users])
 
 
-class Population(Protocol):
+class Examples(Protocol):
+    """Something that draws users' examples."""
+
+    def batch(self, user_ids: UserIds, part: Part, size: int | None, streams: Streams) -> Batch:
+        """`size` examples of each user, drawn from the streams (with replacement where a user owns fewer);
+        with size None the whole part, in order, padded with weight 0."""
+        ...
+
+
+class Population(Examples, Protocol):
     """Users and their data. Cost is O(users asked for), never O(all users)."""
 
     name: str
 
     def users(self, split: str) -> range | UserIds:
         """The ids of a split ("train" or "new"): a range, or an int64 array."""
-        ...
-
-    def batch(self, user_ids: UserIds, part: Part, size: int | None, streams: Streams) -> Batch:
-        """`size` examples of each user, drawn from the streams (with replacement where a user owns fewer);
-        with size None the whole part, in order, padded with weight 0."""
         ...
 
     def base_model(self) -> BaseModel:

@@ -71,7 +71,7 @@ def remember_frozen(module: nn.Module, adapted: type[nn.Module], name: str = "")
         for child_name, child in module.named_children():
             remember_frozen(child, adapted, f"{name}.{child_name}")
     else:
-        module.forward = MethodType(_remembering(name), module)  # type: ignore[method-assign]
+        module.forward = MethodType(_remembering(name), module)
 
 
 def _remembering(name: str) -> Callable[..., Any]:

@@ -1,206 +1,170 @@
-"""Users per second of the stacked engine, and of the loop that anyone would write, in one process.
+"""Users per second of the stacked engine and of its peers, all on one task in one run, with two processes each.
 
-The engine is the product's own path: `local_round`, `lift`, merge and finish, exactly as a worker and the
-server call them. The naive side trains one user after the other by `torch.optim.SGD`, and averages as it goes.
-Both do the same users' work from the same data and masks, in turns, so that a busy machine slows both; the
-aggregated results are compared.
+| side | what it is |
+|---|---|
+| engine_fp32, engine_bf16 | the product's round on its own workers, without the user store (`sides.Engine`) |
+| naive | the loop that anyone would write, in the same workers (`peers/naive.py`) |
+| flower | Flower's simulation, two Ray actors (`peers/flower.py`) |
+| pfl | pfl-research's simulation, two processes of torchrun (`peers/pfl.py`) |
+
+All have the same base weights, rows, masks, examples and steps. Sides do their rounds in turns, so that a busy machine
+slows all; each one's first round is not counted. What that round aggregated is compared with the engine's: the mean
+difference of each of the pool's rows over the users that train it. Flower trains the first users only, as many as suit
+it best (`peers/turns.py`). Flower and pfl average dense pools in fp32; their
+row means are recovered from the average (`Task.row_means_behind`), which costs them digits.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-from client.round import RoundData, RoundState, local_round
-from client.state import UserBlock, join
-from federation import masks
-from federation.base import BaseModel
-from federation.data.population import Batch
-from federation.pool.spec import PoolSpec
-from federation.update import Values
-from server.round import lift
-from simulations.benchmarks.workloads import SEED, Workload
+from simulations.benchmarks.flops import flops_per_user, gemm_job
+from simulations.benchmarks.peers.turns import PEERS, Peer, check_installed
+from simulations.benchmarks.sides import Engine, Means, Naive, Side
+from simulations.benchmarks.workloads import PROCESSES, SEED, Workload, task
 from simulations.record import provenance
-from simulations.setup import Setup, set_up, wrap
-from simulations.worker import blocks
-from strategies.protocol import Step
-
-UP_DEVIATION = 0.02
-"""Standard deviation of the pool's `up`. Not zero, as in a fresh pool: then `down` would have no gradient."""
+from simulations.workers import Workers, start_workers
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Seconds that each side took for all users, by repetition.
+    """What was measured.
 
-    max_relative_difference: the largest difference between the two sides' aggregated rows, as a share of the
-    largest entry of the same section.
+    users: how many each side trained, by side; seconds: of each of its counted rounds. The engine's sides are named by
+    precision and forward. differences: how far a side's row means lie from those of the engine in fp32
+    (`relative_difference`).
+    flops_per_user: see `flops.flops_per_user`. peak_flops: of all processes at once, per second.
     """
 
     workload: Workload
-    users: int
-    block: int
-    engine_seconds: tuple[float, ...]
-    naive_seconds: tuple[float, ...]
-    max_relative_difference: float
+    users: Mapping[str, int]
+    seconds: Mapping[str, tuple[float, ...]]
+    differences: Mapping[str, float]
+    flops_per_user: int
+    peak_flops: float
+
+    def users_per_second(self, side: str) -> float | None:
+        """The median of a side, and of its fastest forward if it is a precision of the engine; None: not measured."""
+        rates = [self.users[name] / median(s) for name, s in self.seconds.items() if name.startswith(side)]
+        return max(rates, default=None)
 
     @property
     def line(self) -> dict[str, Any]:
-        """What the command prints: users per second of both sides (medians), and how they compare."""
-        engine, naive = self.users / median(self.engine_seconds), self.users / median(self.naive_seconds)
+        """What the command prints: users per second (medians), and the engine's multiple of each other side.
+
+        max_relative_difference: of the sides that ought to agree, which are the engine's forwards in fp32 and the loop.
+        """
+        names = ("naive", "engine_fp32", "engine_bf16", *PEERS)
+        rates = {name: self.users_per_second(name) for name in names}
+        engine = rates["engine_fp32"]
+        assert engine is not None
+        exact = {"naive", *(name for name in self.differences if name.startswith("engine_fp32"))}
+        others = {name: rate for name, rate in rates.items() if rate is not None and not name.startswith("engine")}
+        ratios = {
+            f"{precision}_over_{name}": round(rate / other, 2)
+            for precision in ("engine_fp32", "engine_bf16")
+            if (rate := rates[precision]) is not None
+            for name, other in others.items()
+        }
         return {
             "workload": self.workload.name,
-            "engine_fp32": round(engine, 1),
-            "naive": round(naive, 1),
-            "ratio": round(engine / naive, 2),
-            "max_relative_difference": self.max_relative_difference,
+            **{name: None if rate is None else round(rate, 1) for name, rate in rates.items()},
+            "gemm_share": round(engine * self.flops_per_user / self.peak_flops, 3),
+            "max_relative_difference": max(d for name, d in self.differences.items() if name in exact),
+            **ratios,
         }
 
     def record(self) -> dict[str, Any]:
         """The record of this measurement."""
+        made = provenance()
+        peers = {"pfl": version("pfl")} if "pfl" in self.seconds else {}
         return {
             "kind": "throughput",
             "name": self.workload.name,
-            **provenance(),
+            **made,
+            "versions": made["versions"] | peers,
             "seed": SEED,
             "config": self.workload.config.model_dump(mode="json", include={"pool", "gate", "local"}),
             **self.line,
-            "users": self.users,
-            "block": self.block,
+            "users": self.workload.users,
+            "users_by_side": dict(self.users),
+            "block": self.workload.block,
+            "processes": PROCESSES,
             "threads": 1,
-            "engine_seconds": list(self.engine_seconds),
-            "naive_seconds": list(self.naive_seconds),
+            "seconds": {name: list(seconds) for name, seconds in self.seconds.items()},
+            "differences": dict(self.differences),
+            "flops_per_user": self.flops_per_user,
+            "peak_gflops": round(self.peak_flops / 1e9, 1),
         }
 
 
-def measure(workload: Workload, users: int, block: int, repetitions: int) -> Throughput:
-    """Both sides on one thread, in turns; a first round of the engine is not counted."""
-    setup = set_up(workload.config, wrap(workload.config, workload.base()))
-    data = users_data(workload, users)
-    state = RoundState(pool_values(setup), 1, "benchmark")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        step, trained = engine_round(setup, state, data, block)
-        mask_ug = masks.unpack(trained.mask_ub, setup.model.spec.units)
-        naive = NaiveRound(workload, setup.model.spec)
-        engine_seconds, naive_seconds = [], []
+def measure(workload: Workload, repetitions: int, peers: Collection[str] = tuple(PEERS)) -> Throughput:
+    """Users of a workload trained by the engine, the plain loop and the peers, in turns.
+
+    Raises RunError when a peer is not installed or fails.
+    """
+    check_installed(peers)
+    given = task(workload.name, workload.users)
+    with ExitStack() as stack:
+        workers = start_workers(workload.config)
+        stack.callback(workers.close)
+        sides: dict[str, Side] = {**engines(workload, workers), "naive": Naive(workers, given)}
+        for name in peers:
+            sides[name] = stack.enter_context(Peer(name, given, repetitions + 1))
+        means = {name: side.warm_up() for name, side in sides.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        peaks = []
         for _ in range(repetitions):
-            engine_seconds.append(_seconds(lambda: engine_round(setup, state, data, block)))
-            naive_seconds.append(_seconds(lambda: naive(state.values, mask_ug, data)))
-        difference = max_relative_difference(step, naive(state.values, mask_ug, data))
-    finally:
-        torch.set_num_threads(threads)
-    return Throughput(workload, users, block, tuple(engine_seconds), tuple(naive_seconds), difference)
+            for name, side in sides.items():
+                seconds[name].append(side.round())
+            peaks.append(sum(flops for _, _, flops in workers.run(gemm_job, [()] * PROCESSES)))
+        references = {
+            users: Engine(workers, workload.config, task(workload.name, users)).warm_up()
+            for users in {side.users for side in sides.values()}
+        }
+    return Throughput(
+        workload,
+        {name: side.users for name, side in sides.items()},
+        {name: tuple(taken) for name, taken in seconds.items()},
+        {name: relative_difference(references[sides[name].users], mean) for name, mean in means.items()},
+        flops_per_user(workload.name),
+        median(peaks),
+    )
 
 
-def users_data(workload: Workload, users: int) -> Batch:
-    """All users' examples, (U, N, ..)."""
-    return workload.draw(users, workload.local.examples, torch.Generator().manual_seed(SEED))
-
-
-def pool_values(setup: Setup) -> Values:
-    """A pool in mid-training: `down` as it begins, `up` no longer zero."""
-    generator = torch.Generator().manual_seed(SEED)
-    values = setup.model.spec.init(generator)
-    for m in setup.model.spec.modules:
-        values[m.section][:, m.d_in :].normal_(std=UP_DEVIATION, generator=generator)
-    return values
-
-
-def engine_round(setup: Setup, state: RoundState, data: Batch, block: int) -> tuple[Step, UserBlock]:
-    """A round of all users by the product's own functions: the aggregated step, the users' new state."""
-    strategy, streams = setup.rules.strategy, setup.streams.at("round", state.round_index)
-    strategy_state = strategy.init(setup.schema)
-    fresh = setup.record_layout.fresh(np.arange(data.users, dtype=np.int64))
-    partial, trained = None, []
-    for part in blocks(data.users, block):
-        examples = data.take(part)
-        support = _every_step(examples, setup.config.local.steps)
-        update, users = local_round(
-            setup.model, state, fresh.take(part), RoundData(support, examples), setup.local, streams
+def engines(workload: Workload, workers: Workers) -> dict[str, Engine]:
+    """The engine in each precision and forward that the workload allows."""
+    config, given = workload.config, task(workload.name, workload.users)
+    variants = [(precision, forward) for precision in ("fp32", "bf16") for forward in workload.forwards]
+    return {
+        f"engine_{precision}_{forward}": Engine(
+            workers,
+            config.model_copy(
+                update={"compute": config.compute.model_copy(update={"precision": precision, "forward": forward})}
+            ),
+            given,
         )
-        lifted, _ = lift(update, strategy_state, setup.rules)
-        partial = lifted if partial is None else strategy.merge(partial, lifted)
-        trained.append(users)
-    step, _ = strategy.finish(partial, strategy_state)
-    return step, join(trained)
+        for precision, forward in variants
+    }
 
 
-class LowRank(nn.Module):
-    """A frozen linear layer plus one user's k units, as anyone would write it."""
+def relative_difference(reference: Means, other: Means) -> float:
+    """The norm of a section's difference as a share of the section's norm; the largest of all sections.
 
-    def __init__(self, base: nn.Module, d_in: int, d_out: int, k: int, scale: float) -> None:
-        super().__init__()
-        self.base, self.scale = base, scale
-        self.down, self.up = nn.Parameter(torch.zeros(k, d_in)), nn.Parameter(torch.zeros(k, d_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.as_tensor(self.base(x)) + (x @ self.down.t()) @ self.up * self.scale
+    A norm, because single entries say more of storage than of training: a trained row is stored in fp32, and half a
+    unit in the last place of an entry of 0.09 is 3e-5 of W2's largest step.
+    """
+    shares = [(other[name] - mean).norm() / mean.norm() for name, mean in reference.items()]
+    return float(torch.stack(shares).max())
 
 
-class NaiveRound:
-    """A round as a loop over users: load the active units, train them, add the differences."""
-
-    def __init__(self, workload: Workload, spec: PoolSpec) -> None:
-        self._base: BaseModel = workload.base()
-        self._local, self._spec = workload.local, spec
-        self._layers = {}
-        for m in spec.modules:
-            parent_name, _, child = m.name.rpartition(".")
-            parent = self._base.module.get_submodule(parent_name)
-            layer = LowRank(getattr(parent, child), m.d_in, m.d_out, workload.config.gate.budget, spec.scale)
-            setattr(parent, child, layer)
-            self._layers[m.section] = layer
-
-    def __call__(self, values: Values, mask_ug: Tensor, data: Batch) -> dict[str, Tensor]:
-        """The mean difference of each row over the users whose mask has it, (R, d_in + d_out) by section."""
-        sums = {name: torch.zeros_like(rows) for name, rows in values.items()}
-        counts = {name: torch.zeros(len(rows)) for name, rows in values.items()}
-        by_module = mask_ug.view(data.users, len(self._spec.modules), -1)
-        for user in range(data.users):
-            active = {m.section: by_module[user, j].nonzero()[:, 0] for j, m in enumerate(self._spec.modules)}
-            self._train(values, active, data.inputs[user], data.targets[user])
-            for name, layer in self._layers.items():
-                trained = torch.cat((layer.down.detach(), layer.up.detach()), 1)
-                sums[name].index_add_(0, active[name], trained - values[name][active[name]])
-                counts[name][active[name]] += 1
-        return {name: sums[name] / counts[name].clamp_min(1)[:, None] for name in values}
-
-    def _train(self, values: Values, active: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
-        with torch.no_grad():
-            for name, layer in self._layers.items():
-                rows = values[name][active[name]]
-                layer.down.copy_(rows[:, : layer.down.shape[1]])
-                layer.up.copy_(rows[:, layer.down.shape[1] :])
-        parameters = [p for layer in self._layers.values() for p in (layer.down, layer.up)]
-        optimizer = torch.optim.SGD(parameters, lr=self._local.learning_rate)
-        for _ in range(self._local.steps):
-            optimizer.zero_grad(set_to_none=True)
-            self._base.loss(self._base.module, inputs, targets).mean().backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-
-
-def max_relative_difference(step: Step, naive: Mapping[str, Tensor]) -> float:
-    """The largest difference of the two means, each section's as a share of its largest entry."""
-    gaps = [(step.sections[name].mean - mean).abs().max() / mean.abs().max() for name, mean in naive.items()]
-    return float(torch.stack(gaps).max())
-
-
-def _every_step(examples: Batch, steps: int) -> Batch:
-    """The same examples for every step of a round: (U, N, ..) -> (U, steps * N, ..)."""
-    parts = (examples.inputs, examples.targets, examples.weight)
-    return Batch(*(torch.cat([part] * steps, 1) for part in parts))
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+def sized(workload: Workload, users: int | None, block: int | None) -> Workload:
+    """The workload with other users or another block."""
+    return replace(workload, users=users or workload.users, block=block or workload.block)

@@ -5,25 +5,43 @@
 | W1 | perceptron 64-128-10 | both layers | R = 32, k = 4 | 16 examples, 5 steps of SGD |
 | W2 | GPT-2: 4 layers, 128 wide, 4 heads | c_attn, c_fc | R = 32, k = 4 | 4 windows of 64 tokens, 2 steps |
 
-Every step of a user sees the same examples. Masks are random, so no time goes into choosing them well.
+Every step of a user sees the same examples. Masks are random, so no time goes into choosing them well. A round's
+work (`Task`) follows from the workload and the number of users alone: each process makes it for itself, so every side
+has it in memory before its time is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from client.round import random_masks
 from federation.base import BaseModel, causal_lm_base, frozen
-from federation.config import ComputeConfig, GateConfig, LocalConfig, PoolConfig, RunConfig
-from federation.data.population import Batch
-from federation.errors import ConfigError
+from federation.config import ComputeConfig, GateConfig, LocalConfig, PoolConfig, PopulationConfig, RunConfig
+from federation.data.population import Batch, Part
+from federation.errors import ConfigError, PopulationError
 from federation.plugins import suggest
+from federation.pool.spec import PoolSpec
+from federation.streams import Streams, UserIds
+from federation.update import Values
+from simulations.setup import wrap
+
+Forward = Literal["transformers", "fused"]
 
 SEED = 0
+ROUND = 1
+"""The round that is timed, again and again: random masks are drawn anew in each round, these stay the same."""
+PROCESSES = 2
+UP_DEVIATION = 0.02
+"""Standard deviation of the pool's `up`. Not zero, as in a fresh pool: then `down` would have no gradient."""
 WIDTHS = (64, 128, 10)
 VOCABULARY, WINDOW = 128, 64
 
@@ -32,16 +50,18 @@ VOCABULARY, WINDOW = 128, 64
 class Workload:
     """A base model, users' data for it, and what a user does.
 
-    draw(users, examples, generator): the users' examples. users: how many are timed. block: how many of them
-    are trained in one stacked computation; the fastest we measured.
+    draw(user_ids, examples, streams): the users' examples, the same for a user whoever else is asked for. users: how
+    many are timed. block: how many of them are trained in one stacked computation; the fastest we measured. forwards:
+    the values of `compute.forward` that can run it.
     """
 
     name: str
     base: Callable[[], BaseModel]
-    draw: Callable[[int, int, torch.Generator], Batch]
+    draw: Callable[[UserIds, int, Streams], Batch]
     local: LocalConfig
     users: int
     block: int
+    forwards: tuple[Forward, ...]
 
     @property
     def config(self) -> RunConfig:
@@ -49,10 +69,11 @@ class Workload:
         return RunConfig(
             name=self.name,
             seed=SEED,
+            population=PopulationConfig(name="workload", options={"workload": self.name, "train_users": self.users}),
             pool=PoolConfig(rank=32, scale=2.0),
             gate=GateConfig(policy="random", budget=4),
             local=self.local,
-            compute=ComputeConfig(block=self.block),
+            compute=ComputeConfig(workers=PROCESSES, block=self.block),
         )
 
 
@@ -98,18 +119,19 @@ def gpt2() -> BaseModel:
         return causal_lm_base(GPT2LMHeadModel(shape), ("c_attn", "c_fc"), "gpt2-4x128")
 
 
-def classes(users: int, examples: int, generator: torch.Generator) -> Batch:
+def classes(user_ids: UserIds, examples: int, streams: Streams) -> Batch:
     """Normal inputs (U, N, 64) and classes (U, N) at random."""
-    inputs = torch.randn(users, examples, WIDTHS[0], generator=generator)
-    targets = torch.randint(0, WIDTHS[-1], (users, examples), generator=generator)
-    return Batch(inputs, targets, torch.ones(users, examples))
+    inputs = streams.normal("inputs", user_ids, (examples, WIDTHS[0]))
+    targets = torch.from_numpy(streams.integers("targets", user_ids, WIDTHS[-1], examples))
+    return Batch(inputs, targets, torch.ones(len(user_ids), examples))
 
 
-def tokens(users: int, examples: int, generator: torch.Generator) -> Batch:
+def tokens(user_ids: UserIds, examples: int, streams: Streams) -> Batch:
     """Tokens (U, N, 64) at random; each one's target is the next, the last one has none."""
-    inputs = torch.randint(0, VOCABULARY, (users, examples, WINDOW), generator=generator)
+    flat = torch.from_numpy(streams.integers("inputs", user_ids, VOCABULARY, examples * WINDOW))
+    inputs = flat.view(len(user_ids), examples, WINDOW)
     targets = F.pad(inputs[..., 1:], (0, 1), value=-100)
-    return Batch(inputs, targets, torch.ones(users, examples))
+    return Batch(inputs, targets, torch.ones(len(user_ids), examples))
 
 
 WORKLOADS = {
@@ -119,17 +141,19 @@ WORKLOADS = {
             name="w1",
             base=perceptron,
             draw=classes,
-            local=LocalConfig(steps=5, learning_rate=0.05, examples=16),
-            users=1024,
+            local=LocalConfig(steps=5, learning_rate=0.05, examples=16, batches=1),
+            users=4096,
             block=256,
+            forwards=("transformers",),
         ),
         Workload(
             name="w2",
             base=gpt2,
             draw=tokens,
-            local=LocalConfig(steps=2, learning_rate=0.05, examples=4),
-            users=48,
+            local=LocalConfig(steps=2, learning_rate=0.05, examples=4, batches=1),
+            users=96,
             block=4,
+            forwards=("transformers", "fused"),
         ),
     )
 }
@@ -140,3 +164,116 @@ def workload(name: str) -> Workload:
     if name not in WORKLOADS:
         raise ConfigError(f"no workload is called {name!r}; {suggest(name, WORKLOADS)}")
     return WORKLOADS[name]
+
+
+@dataclass(frozen=True)
+class WorkloadPopulation:
+    """The users 0..train_users - 1 of a workload, all of them in memory. Every part of a user's data is the same.
+
+    Raises ConfigError for an unknown workload.
+    """
+
+    workload: str
+    train_users: int
+
+    name = "workload"
+
+    def __post_init__(self) -> None:
+        workload(self.workload)
+
+    def users(self, split: str) -> range:
+        """The ids of "train"; nobody is new."""
+        splits = {"train": range(self.train_users), "new": range(0)}
+        if split not in splits:
+            raise PopulationError(f"a workload has the splits {list(splits)}, got {split!r}")
+        return splits[split]
+
+    def batch(self, user_ids: UserIds, part: Part, size: int | None, streams: Streams) -> Batch:
+        """The user's examples in order, from the first one again when more are asked for than it owns."""
+        owned = self.data.take(torch.from_numpy(user_ids))
+        count = owned.weight.shape[1]
+        if size is None or size == count:
+            return owned
+        chosen = torch.arange(size) % count
+        return Batch(owned.inputs[:, chosen], owned.targets[:, chosen], owned.weight[:, chosen])
+
+    def base_model(self) -> BaseModel:
+        return workload(self.workload).base()
+
+    def groups(self, user_ids: UserIds) -> UserIds:
+        """Users are drawn independently: each is its own group."""
+        return user_ids
+
+    def chars_per_target(self, user_ids: UserIds, part: Part) -> npt.NDArray[np.float64]:
+        """Ones: targets are not text."""
+        return np.ones(len(user_ids))
+
+    def describe(self) -> dict[str, object]:
+        return {"name": self.name, **asdict(self)}
+
+    @cached_property
+    def data(self) -> Batch:
+        """All users' examples, (U, N, ..)."""
+        chosen = workload(self.workload)
+        return chosen.draw(np.arange(self.train_users), chosen.local.examples, Streams(SEED, (self.name,)))
+
+
+@dataclass(frozen=True)
+class Task:
+    """The work of one round, which every side is given: the same rows, the same masks, the same examples.
+
+    values: the pool, (R, d_in + d_out) by section. mask_ug: (U, G), the masks that the engine draws by itself.
+    data: all users' examples, (U, N, ..), that every step sees. Users are numbered from 0.
+    """
+
+    workload: Workload
+    spec: PoolSpec
+    values: Values
+    mask_ug: Tensor
+    data: Batch
+
+    @property
+    def users(self) -> int:
+        return self.data.users
+
+    def active(self, user: int) -> dict[str, Tensor]:
+        """The ids (k,) of a user's active rows, by section."""
+        by_module = self.mask_ug[user].view(len(self.spec.modules), -1)
+        return {m.section: by_module[j].nonzero()[:, 0] for j, m in enumerate(self.spec.modules)}
+
+    def contributors(self) -> dict[str, Tensor]:
+        """How many users train each row, (R,) by section."""
+        by_module = self.mask_ug.view(self.users, len(self.spec.modules), -1).sum(0)
+        return {m.section: by_module[j] for j, m in enumerate(self.spec.modules)}
+
+    def row_means(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The mean difference of each row over the users that train it, from the sums over all users."""
+        counts = self.contributors()
+        return {name: total / counts[name].clamp_min(1)[:, None] for name, total in sums.items()}
+
+    def row_means_behind(self, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same from the average of all users' dense pools, where rows that a user does not train are as given.
+
+        The average is rounded to fp32 at the size of the pool's entries, not of the differences; here that error is
+        multiplied by the number of users per row's user. So it agrees less well than sums of differences do.
+        """
+        sums = {name: (average[name].double() - rows.double()) * self.users for name, rows in self.values.items()}
+        return {name: mean.float() for name, mean in self.row_means(sums).items()}
+
+
+@cache
+def task(name: str, users: int) -> Task:
+    """The task of a workload's first users. In every process the same; with fewer users, the beginning of it."""
+    chosen = workload(name)
+    spec = wrap(chosen.config, chosen.base()).spec
+    mask_ug = random_masks(spec, np.arange(users), chosen.config.gate, Streams(SEED).at("round", ROUND))
+    return Task(chosen, spec, pool_values(spec), mask_ug, WorkloadPopulation(name, users).data)
+
+
+def pool_values(spec: PoolSpec) -> dict[str, Tensor]:
+    """A pool in mid-training: `down` as it begins, `up` no longer zero."""
+    generator = torch.Generator().manual_seed(SEED)
+    values = spec.init(generator)
+    for m in spec.modules:
+        values[m.section][:, m.d_in :].normal_(std=UP_DEVIATION, generator=generator)
+    return values

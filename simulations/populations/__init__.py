@@ -14,6 +14,7 @@ POPULATIONS: Plugins[Population] = Plugins(
         "code": "simulations.populations.text:code",
         "shakespeare": "simulations.populations.text:shakespeare",
         "synthetic": "simulations.populations.synthetic:SyntheticPopulation",
+        "workload": "simulations.benchmarks.workloads:WorkloadPopulation",
     },
 )
 

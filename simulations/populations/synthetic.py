@@ -128,14 +128,9 @@ class SyntheticPopulation:
 
     def batch(self, user_ids: UserIds, part: Part, size: int | None, streams: Streams) -> Batch:
         """Inputs (U, N, widths[0]), targets (U, N, widths[-1]); every user owns `examples` of each part."""
-        bank_un = self._data.integers(f"inputs/{part}", user_ids, _BANK, self.examples)
-        noise_un = self._data.integers(f"noise/{part}", user_ids, _BANK, self.examples)
-        if size is not None:
-            chosen = self._choose(user_ids, part, size, streams)
-            bank_un = np.take_along_axis(bank_un, chosen, 1)
-            noise_un = np.take_along_axis(noise_un, chosen, 1)
-        inputs = self._bank[torch.from_numpy(bank_un)] + self._type_mean[self._type(user_ids), None]
-        targets = self._teach(inputs, self.best_mask(user_ids)) + self._noise_bank[torch.from_numpy(noise_un)]
+        bank_un, noise_un = self._owned(user_ids, part, self._choose(user_ids, part, size, streams))
+        inputs = F.embedding(bank_un, self._bank).add_(self._type_mean[self._type(user_ids), None])
+        targets = self._teach(inputs, self.best_mask(user_ids)).add_(F.embedding(noise_un, self._noise_bank))
         return Batch(inputs, targets, torch.ones(inputs.shape[:2]))
 
     def base_model(self) -> BaseModel:
@@ -231,20 +226,32 @@ class SyntheticPopulation:
     def _type(self, user_ids: UserIds) -> Tensor:
         return torch.from_numpy(self._data.integers("type", user_ids, self.types, 1)[:, 0])
 
-    def _choose(self, user_ids: UserIds, part: Part, size: int, streams: Streams) -> UserIds:
-        """Which examples: (U, size), without replacement when the user owns enough."""
-        purpose = f"examples/{part}"
-        if size > self.examples:
-            return streams.integers(purpose, user_ids, self.examples, size)
-        return np.argsort(streams.bits(purpose, user_ids, self.examples), 1, kind="stable")[:, :size]
+    def _choose(self, user_ids: UserIds, part: Part, size: int | None, streams: Streams) -> npt.NDArray[np.int64]:
+        """Which examples, (U, N): all in order, or `size`, without replacement when the user owns enough."""
+        if size is None:
+            return np.broadcast_to(np.arange(self.examples), (len(user_ids), self.examples))
+        draw = streams.distinct if size <= self.examples else streams.integers
+        return draw(f"examples/{part}", user_ids, self.examples, size)
+
+    def _owned(self, user_ids: UserIds, part: Part, example_un: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Where the inputs and the noises of a user's examples lie in the banks: (U, N) twice.
+
+        Only the examples that were chosen are looked up, so owning more of them costs nothing.
+        """
+        words_un4 = self._data.words(f"data/{part}", user_ids, example_un)
+        bank_un2 = torch.from_numpy(words_un4[..., :2].astype(np.int64) % _BANK)
+        return bank_un2[..., 0], bank_un2[..., 1]
 
     def _teach(self, inputs: Tensor, mask_ug: Tensor) -> Tensor:
         """The base with each user's teacher rows: (U, N, widths[0]), (U, G) -> (U, N, widths[-1])."""
+        shape = (*inputs.shape[:2], -1)
         mask_u1jr = mask_ug.view(len(mask_ug), 1, -1, self.rank).float()
-        outputs = inputs
+        outputs = inputs.flatten(0, 1)
         for j, m in enumerate(self.pool_spec().modules):
-            hidden = torch.relu(outputs) if j else inputs
+            hidden = outputs.relu_() if j else outputs
             down, up = torch.split(self._teacher[m.section], [m.d_in, m.d_out], 1)
-            # All R units in one product for all users, then masked: faster than gathering k units per user.
-            outputs = self._base.get_submodule(m.name)(hidden) + (hidden @ down.t() * mask_u1jr[:, :, j]) @ up
-        return outputs
+            # All R units in one product for all users, then masked: faster than gathering k units per user. Adding
+            # in place takes 0.6 of the time of a sum of two products.
+            low = (hidden @ down.t()).view(*shape).mul_(mask_u1jr[:, :, j]).flatten(0, 1)
+            outputs = self._base.get_submodule(m.name)(hidden).addmm_(low, up)
+        return outputs.view(*shape)

@@ -38,6 +38,10 @@ class OneSetup:
 
     the_setup: Setup
     population: Writers
+    device = torch.device("cpu")
+
+    def batch(self, *args):
+        return self.population.batch(*args)
 
     def setup(self, config):
         return self.the_setup

@@ -63,3 +63,31 @@ def test_integers_stay_below_each_users_bound_and_reach_it():
     values = Streams(2).integers("i", np.arange(3), high, 500)
     assert values.max(1).tolist() == [0, 1, 6]
     assert values.min() == 0
+
+
+def test_words_at_far_places_are_those_of_the_stream():
+    users, places = np.array([3, 10**12]), np.array([[5, 0], [2, 2]])
+    whole = Streams(4).bits("w", users, 24).reshape(2, 6, 4)
+    assert (Streams(4).words("w", users, places) == whole[[[0], [1]], places]).all()
+    assert (Streams(4).words("w", users, places + 10**9)[:, 0] != whole[[0, 1], places[:, 0]]).any(1).all()
+
+
+@pytest.mark.parametrize(("high", "count"), [(1, 1), (7, 3), (7, 7), (10**9, 40)])
+def test_distinct_integers_are_the_first_of_a_shuffled_list(high, count):
+    """The twin swaps the places of a list (a dict, of those that have moved)."""
+    users = np.array([2, 9, 10**10])
+    words, drawn = Streams(5).bits("d", users, count), Streams(5).distinct("d", users, high, count)
+    for u in range(len(users)):
+        lies: dict[int, int] = {}
+        for step in range(count):
+            other = step + (int(words[u, step]) * (high - step) >> 32)
+            lies[step], lies[other] = lies.get(other, other), lies.get(step, step)
+        assert drawn[u].tolist() == [lies[step] for step in range(count)]
+        assert len(set(drawn[u].tolist())) == count
+
+
+def test_all_ordered_choices_of_distinct_integers_are_as_likely():
+    drawn = Streams(6).distinct("d", np.arange(24_000), 4, 3)
+    _, counts = np.unique(drawn, axis=0, return_counts=True)
+    assert len(counts) == 24
+    assert ((counts - 1000) ** 2 / 1000).sum() < 60  # chi-square, 23 degrees of freedom, p < 1e-4

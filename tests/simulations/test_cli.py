@@ -256,15 +256,3 @@ def test_check_strategy_names_the_broken_law(monkeypatch: pytest.MonkeyPatch, tm
     assert result.exit_code == 1
     assert "last_wins breaks a law: merge commutes" in result.output
     assert "padding is ignored" not in result.output
-
-
-def test_bench_throughput_prints_one_json_line_and_leaves_a_record(tmp_path: Path) -> None:
-    size = ["--users", 4, "--block", 2, "--repetitions", 3]
-    result = fedquilt("bench", "throughput", "--workload", "w1", *size, "--out", tmp_path / "speed")
-    assert result.exit_code == 0, result.output
-    line = json.loads(result.output)
-    assert list(line) == ["workload", "engine_fp32", "naive", "ratio", "max_relative_difference"]
-    record = json.loads((tmp_path / "speed" / "throughput-w1.json").read_text())
-    assert {key: record[key] for key in line} == line
-    assert (record["kind"], record["users"], len(record["naive_seconds"])) == ("throughput", 4, 3)
-    assert {"command", "commit", "versions", "machine"} <= record.keys()

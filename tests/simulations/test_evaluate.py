@@ -65,7 +65,7 @@ def trained_of(config: RunConfig) -> Trained:
     everyone = config.gate.model_copy(update={"policy": "all"})
     shared = config.model_copy(update={"pool": narrow, "gate": everyone})
     worker, values = Worker(config), {}
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator().manual_seed(5)
     for name, own in (("pool", config), ("shared", shared)):
         first = worker.setup(own).begin().values
         values[name] = {n: rows + 0.3 * torch.randn(rows.shape, generator=generator) for n, rows in first.items()}

@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
-import operator
 import os
 import random
 import re
 import resource
 import signal
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import lmdb
+import numpy as np
 import pytest
 
 import server.checkpoint
+import simulations.federate
+import simulations.ray_workers
+from client.state import RecordLayout
 from client.store import UserStore
 from federation.config import RunConfig
-from federation.errors import CheckpointError, FedquiltError, RunError, StoreError
+from federation.errors import CheckpointError, FedquiltError, FedquiltWarning, RunError, StoreError
 from server.checkpoint import checksum, rounds
 from simulations.federate import HISTORY_NAME, RoundReport, federate, last_checkpoint, read_history
+from simulations.ray_workers import RayWorkers
 from simulations.runs import MAIN, run
 from simulations.worker import Worker
-from simulations.workers import RayWorkers
-from tests.simulations.tiny import Interrupt, interrupt_at, simulate, tiny_config, tiny_setup
+from tests.simulations.tiny import TINY, Interrupt, interrupt_at, simulate, tiny_config, tiny_setup
 
 PATIENCE_SECONDS = 120
 
@@ -119,32 +127,108 @@ def test_dead_before_or_after_any_step_it_resumes_to_the_same_bits(
     assert [line["round_index"] for line in read_history(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_killed_or_failing_worker_ends_the_run_with_words_and_resume_goes_on(
-    undisturbed: str, tmp_path: Path
+def kill_oneself(worker: Worker, *_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(worker: Worker) -> None:
+    raise StoreError("shard 3 is full")
+
+
+def test_a_job_that_fails_or_kills_its_workers_ends_the_run_with_words_and_resume_goes_on(
+    undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config("compute.workers=2")
+    monkeypatch.setattr(simulations.ray_workers, "ATTEMPTS", 2)
+    config = tiny_config("compute.workers=1")
     workers = RayWorkers(config)
 
-    def kill_a_worker(report: RoundReport) -> None:
+    def from_now_on_kill(report: RoundReport) -> None:
         if report.round_index == 3:
-            ((_, _, pid),) = workers.run(lambda worker: (None, os.getpid()), [()])
-            os.kill(pid, signal.SIGKILL)
-
-    def fail(worker: Worker) -> None:
-        raise StoreError("shard 3 is full")
+            monkeypatch.setattr(simulations.federate, "run_chunk", kill_oneself)
 
     try:
         with pytest.raises(StoreError) as raised:
             list(workers.run(fail, [()]))
         assert (type(raised.value), str(raised.value)) == (StoreError, "shard 3 is full")
-        with pytest.raises(RunError, match=r"worker 0 died in job \d of \d .*nothing .* is lost.*--resume"):
-            federate(tiny_setup(config), workers, range(60), tmp_path, False, kill_a_worker)
-        with pytest.raises(RunError, match=r"worker died merging .*nothing .* is lost.*--resume"):
-            workers.fold([workers.share(number) for number in range(5)], operator.add)
+        words = r"worker 0 died in job 0 of 3, as 1 before it .*nothing .* is lost.*--resume"
+        with pytest.warns(FedquiltWarning, match="worker 0 died in job 0 of 3"), pytest.raises(RunError, match=words):
+            federate(tiny_setup(config), workers, range(60), tmp_path, False, from_now_on_kill)
+        assert workers.replaced == 1
     finally:
         workers.close()
+    monkeypatch.undo()
     assert rounds(tmp_path / "checkpoints")[-1] == 3
     assert simulate(tiny_config(), tmp_path, resume=True) == undisturbed
+
+
+def hold_a_shard(shard: Path) -> None:
+    with lmdb.open(str(shard), max_dbs=2).begin(write=True):
+        (shard / "held").touch()
+        time.sleep(PATIENCE_SECONDS)
+
+
+def test_a_writer_that_is_killed_in_a_transaction_keeps_nobody_waiting(tmp_path: Path) -> None:
+    layout = RecordLayout(embedding_width=1, mask_bytes=1)
+    users = layout.fresh(np.arange(5))
+    with UserStore(tmp_path, 1, layout) as store:
+        store.write(users, 1)
+    (shard,) = tmp_path.glob("shard-*")
+    holder = os.fork()
+    if holder == 0:
+        hold_a_shard(shard)
+        os._exit(0)
+    while not (shard / "held").exists():
+        time.sleep(0.01)
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+
+    def write() -> None:
+        with UserStore(tmp_path, 1, layout) as store:
+            store.write(users, 2)
+
+    with ThreadPoolExecutor() as pool:
+        pool.submit(write).result(PATIENCE_SECONDS)
+
+
+# -------------------------------------------------------------------------------- Ctrl-C
+
+ENDLESS = (*TINY, "compute.workers=2", "federation.rounds=1000000", "federation.checkpoint_every=1000")
+
+
+def processes_with(variable: bytes) -> list[int]:
+    """All processes that inherited a variable of the environment."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile, or is not ours
+            if variable in (entry / "environ").read_bytes().split(b"\0") and (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_no_process(tmp_path: Path) -> None:
+    experiment, out = tmp_path / "endless.toml", tmp_path / "out"
+    experiment.touch()
+    command = [sys.executable, "-m", "simulations.cli", "simulate", str(experiment), "--out", str(out)]
+    settings = [argument for override in ENDLESS for argument in ("--set", override)]
+    environment = os.environ | {"FEDQUILT_TEST": str(tmp_path)}
+    child = subprocess.Popen(
+        command + settings, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline, tag = time.monotonic() + PATIENCE_SECONDS, f"FEDQUILT_TEST={tmp_path}"
+    while not read_history(out / MAIN):
+        assert child.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(processes_with(tag.encode())) > 3
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to all processes of the group
+    _, said = child.communicate(timeout=PATIENCE_SECONDS)
+    assert (child.returncode, said) == (130, b"stopped; continue with --resume (a sweep: with the same command)\n")
+    while processes_with(tag.encode()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert (
+        rounds(tmp_path / "out" / MAIN / "checkpoints")[-1] == read_history(tmp_path / "out" / MAIN)[-1]["round_index"]
+    )
 
 
 # -------------------------------------------------------------------------------- damaged
@@ -188,15 +272,6 @@ def test_with_all_checkpoints_damaged_nothing_is_started_over(tmp_path: Path) ->
     with pytest.raises(CheckpointError, match=r"no usable checkpoint .*round-000004.*round-000003.*round-000002"):
         simulate(tiny_config(), tmp_path, resume=True)
     assert rounds(tmp_path / "checkpoints") == (2, 3, 4)
-
-
-def test_a_damaged_user_store_is_said_and_not_trained_over(tmp_path: Path) -> None:
-    with pytest.raises(Interrupt):
-        simulate(tiny_config(), tmp_path, on_round=interrupt_at(4))
-    for data in sorted((tmp_path / "users").glob("shard-*/data.mdb")):
-        os.truncate(data, 4096)
-    with pytest.raises(StoreError, match=r"shard \d .*restore"):
-        simulate(tiny_config(), tmp_path, resume=True)
 
 
 # -------------------------------------------------------------------------------- full

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import simulations.federate as federate_module
 from client.round import RoundState
 from client.state import RecordLayout, UserBlock
 from client.store import UserStore, shard_of
 from federation import masks
 from federation.errors import ConfigError, FedquiltError, PluginError, PopulationError, RunError
 from federation.state import GATE_SECTION
-from federation.streams import Streams, UserIds
+from federation.streams import UserIds
 from server.checkpoint import checksum, rounds
+from simulations.cohorts import draw_cohort
 from simulations.federate import (
     RoundReport,
     cut,
-    draw_cohort,
     federate,
     last_checkpoint,
     load_state,
@@ -28,10 +31,11 @@ from simulations.federate import (
 )
 from simulations.methods import methods_of
 from simulations.populations.synthetic import SyntheticPopulation
+from simulations.ray_workers import RayWorkers
 from simulations.record import read_record
 from simulations.runs import MAIN, run
 from simulations.worker import Broadcast, Worker, run_chunk
-from simulations.workers import InProcess, RayWorkers
+from simulations.workers import InProcess
 from tests.simulations.tiny import Interrupt, interrupt_at, simulate, tiny_config, tiny_setup
 
 # -------------------------------------------------------------------------------- who works
@@ -41,19 +45,31 @@ class FirstOf(RayWorkers):
     """The first few actors of a cluster that stands: starting one for each number of workers would take a minute."""
 
     def __init__(self, cluster: RayWorkers, count: int) -> None:
-        self._ray, self._actors = cluster._ray, cluster._actors[:count]
+        vars(self).update(vars(cluster), _actors=dict(list(cluster._actors.items())[:count]))
 
 
-def test_one_two_and_three_workers_give_the_bits_of_none(undisturbed: str, tmp_path: Path) -> None:
-    config = tiny_config("compute.workers=3")
-    cluster = RayWorkers(config)
-    try:
-        for count in (1, 2, 3):
-            folder = tmp_path / str(count)
-            federate(tiny_setup(config), FirstOf(cluster, count), range(60), folder, False, lambda report: None)
-            assert checksum(last_checkpoint(folder)) == undisturbed
-    finally:
-        cluster.close()
+@pytest.fixture(scope="module")
+def three_workers() -> Iterator[RayWorkers]:
+    cluster = RayWorkers(tiny_config("compute.workers=3"))
+    yield cluster
+    cluster.close()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_one_two_and_three_workers_give_the_bits_of_none(
+    undisturbed: str, three_workers: RayWorkers, tmp_path: Path, count: int
+) -> None:
+    setup = tiny_setup(tiny_config())
+    federate(setup, FirstOf(three_workers, count), range(60), tmp_path, False, lambda report: None)
+    assert checksum(last_checkpoint(tmp_path)) == undisturbed
+
+
+def test_a_run_of_two_workers_resumes_with_three(undisturbed: str, three_workers: RayWorkers, tmp_path: Path) -> None:
+    setup = tiny_setup(tiny_config())
+    with pytest.raises(Interrupt):
+        federate(setup, FirstOf(three_workers, 2), range(60), tmp_path, False, interrupt_at(3))
+    federate(setup, three_workers, range(60), tmp_path, True, lambda report: None)
+    assert checksum(last_checkpoint(tmp_path)) == undisturbed
 
 
 # -------------------------------------------------------------------------------- interrupted
@@ -71,6 +87,37 @@ def test_a_run_that_was_interrupted_ends_with_the_bits_of_an_undisturbed_one(
     durable = stop if stop == 6 else stop - stop % every
     assert seen == list(range(durable + 1, 7))
     assert [line["round_index"] for line in read_history(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "kept"),
+    [
+        ("run_chunk", 10, 3),  # of three a round: the first of round 4
+        ("_one_round", 4, 3),
+        ("_finished", 4, 3),
+        ("_save", 2, 4),  # after the one before round 1
+    ],
+)
+def test_ctrl_c_leaves_a_checkpoint_of_the_last_finished_round(
+    undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, call: int, kept: int
+) -> None:
+    config = tiny_config("federation.checkpoint_every=4")
+    real, calls = getattr(federate_module, place), 0
+
+    def pressing(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(federate_module, place, pressing)
+        with pytest.raises(KeyboardInterrupt):
+            simulate(config, tmp_path)
+    assert rounds(tmp_path / "checkpoints") == (0, kept)
+    assert [line["round_index"] for line in read_history(tmp_path)] == list(range(1, kept + 1))
+    assert simulate(config, tmp_path, resume=True) == undisturbed
 
 
 def test_without_resume_a_federation_that_is_there_is_refused_and_kept(undisturbed: str, tmp_path: Path) -> None:
@@ -150,7 +197,7 @@ def test_users_remember_their_visits_and_masks(tmp_path: Path) -> None:
     config = tiny_config()
     simulate(config, tmp_path)
     setup, users = tiny_setup(config), np.arange(60)
-    cohorts = [draw_cohort(range(60), 12, setup.streams.at("round", r)) for r in range(1, 7)]
+    cohorts = [draw_cohort(range(60), config.federation, setup.streams, r) for r in range(1, 7)]
     layout = RecordLayout(config.gate.embedding, 2)
     with UserStore(tmp_path / "users", config.federation.shards, layout) as store:
         block = store.read(users, before_round=7)
@@ -211,30 +258,7 @@ def test_a_rejected_user_is_counted_and_the_run_goes_on(tmp_path: Path) -> None:
     assert all(torch.isfinite(v).all() for v in last_checkpoint(tmp_path).tensors["values"].values())
 
 
-# -------------------------------------------------------------------------------- cohorts and chunks
-
-
-def test_a_cohort_is_of_different_users_of_the_population_in_order() -> None:
-    ids = np.array([5, 900, 7, 10**15, 3], dtype=np.int64)
-    for round_index in range(20):
-        streams = Streams(0).at("round", round_index)
-        cohort = draw_cohort(range(100, 140), 30, streams)
-        assert cohort.dtype == np.int64
-        assert cohort.tolist() == sorted(set(cohort.tolist()))
-        assert set(cohort.tolist()) <= set(range(100, 140))
-        listed = draw_cohort(ids, 3, streams).tolist()
-        assert listed == sorted(set(listed))
-        assert set(listed) <= set(ids.tolist())
-    assert draw_cohort(ids, 5, Streams(0)).tolist() == sorted(ids.tolist())
-    assert len(draw_cohort(range(10**15), 50, Streams(0))) == 50
-
-
-def test_every_user_is_drawn_equally_often() -> None:
-    draws = [draw_cohort(range(20), 5, Streams(3).at("round", r)) for r in range(2000)]
-    counts = np.bincount(np.concatenate(draws), minlength=20)
-    # Each count has mean 500 and deviation sqrt(2000 * 1/4 * 3/4) = 19.4.
-    assert np.abs(counts - 500).max() < 4 * 19.4
-    assert len({tuple(d.tolist()) for d in draws}) > 1500
+# -------------------------------------------------------------------------------- chunks
 
 
 def test_chunks_are_the_cohort_cut_by_shard() -> None:
@@ -314,7 +338,7 @@ def test_a_record_without_methods_tells_the_run_apart(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert record == json.loads(json.dumps(made.record)) == read_record(tmp_path / "out")
     assert (record["kind"], record["name"], record["rounds"]) == ("benchmark", "small", 6)
-    assert (record["users"]["train"], record["users"]["new"]) == (60, 20)
+    assert (record["splits"]["train"], record["splits"]["new"]) == (60, 20)
     assert record["population"]["name"] == "synthetic"
     assert record["seconds"] > 0
     assert record["users_per_second"] > 0

@@ -20,7 +20,8 @@ SETTINGS = {
     "pool": {"rank": 8},
     "gate": {"budget": 3, "warmup": 1},
     "local": {"learning_rate": 0.05},
-    "federation": {"rounds": 3, "cohort": 8, "block": 8, "workers": 0},
+    "federation": {"rounds": 3, "cohort": 8},
+    "compute": {"block": 8, "workers": 0},
     "evaluate": {
         "methods": ["dsa_t0", "dsa_t2"], "users": 6, "tuning_users": 2, "steps": [5, 9], "examples": 8,
         "block": 4,

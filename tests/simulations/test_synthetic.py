@@ -126,6 +126,21 @@ def test_batches_are_drawn_from_what_the_user_owns() -> None:
     assert not all_of_it.inputs.equal(SMALL.batch(ids, "support", 32, STREAMS.at("round", 1)).inputs)
 
 
+def test_an_example_is_the_same_however_it_is_chosen() -> None:
+    ids = np.array([4, 9])
+    few, owned = (SMALL.batch(ids, "test", size, STREAMS) for size in (5, None))
+    examples, all_examples = (torch.cat((batch.inputs, batch.targets), 2) for batch in (few, owned))
+    distances = torch.cdist(examples, all_examples, compute_mode="donot_use_mm_for_euclid_dist")
+    assert distances.min(2).values.max() < 1e-5
+    assert (distances.argmin(2).sort(1).values.diff(dim=1) > 0).all()
+
+
+def test_of_a_thousand_million_examples_only_the_chosen_are_made() -> None:
+    rich = SyntheticPopulation(100, 0, widths=(6, 5, 3), rank=4, budget=2, examples=10**9)
+    inputs = rich.batch(np.array([4]), "support", 300, STREAMS).inputs
+    assert len(torch.unique(inputs[0], dim=0)) > 285  # 300 out of a bank of 2**14: 3 of them meet another on average
+
+
 def test_parts_share_no_noise_and_no_order() -> None:
     ids = np.arange(3)
     parts = [LARGE.batch(ids, part, None, STREAMS).inputs for part in ("support", "query", "test")]

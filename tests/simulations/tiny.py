@@ -12,7 +12,7 @@ from simulations.populations import make_population
 from simulations.setup import Setup, set_up, wrap
 from simulations.workers import start_workers
 
-_TINY = (
+TINY = (
     "population.name=synthetic",
     "population.options={train_users=60, new_users=20, widths=[8, 12, 4], rank=8, budget=2, types=3, examples=16}",
     "pool={rank=8, scale=1.0}",
@@ -28,7 +28,7 @@ _TINY = (
 
 def tiny_config(*overrides: str) -> RunConfig:
     """A synthetic population of 60 training users, 6 rounds in this process; changed by overrides."""
-    return load_config(overrides=[*_TINY, *overrides])
+    return load_config(overrides=[*TINY, *overrides])
 
 
 def tiny_setup(config: RunConfig) -> Setup:

@@ -1,7 +1,9 @@
 """Means against a loop over users in float64, and against the rules' own properties."""
 
 import pickle
+import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,6 +122,45 @@ def test_a_partial_is_as_small_as_the_pool() -> None:
         return len(pickle.dumps(partial))
 
     assert size(1) == size(500)
+
+
+def read_only(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor over memory that Python may not write to, as Ray gives out what others made."""
+    array = np.frombuffer(tensor.numpy().tobytes(), tensor.numpy().dtype).reshape(tensor.shape)
+    assert not array.flags.writeable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch knows no read-only tensors and says so
+        return torch.from_numpy(array)
+
+
+def in_shared_memory(partial: Sums) -> Sums:
+    return Sums(
+        {name: read_only(rows) for name, rows in partial.rows.items()},
+        {name: read_only(weights) for name, weights in partial.weights.items()},
+        read_only(partial.weight),
+        read_only(partial.users),
+    )
+
+
+@pytest.mark.parametrize("strategy", [FedAvg(), MaskedMean()])
+def test_merging_and_finishing_leave_partials_as_they_were(strategy: FedAvg | MaskedMean) -> None:
+    state = strategy.init(EXAMPLE_SCHEMA)
+    partials = [in_shared_memory(strategy.lift(block_of(7, seed), state)) for seed in (0, 1)]
+    before = pickle.dumps(partials)
+    strategy.finish(strategy.merge(*partials), state)
+    assert pickle.dumps(partials) == before
+
+
+def test_the_order_of_slots_and_users_does_not_matter() -> None:
+    """Rows arrive in any order; the sum is sorted by row inside."""
+    block, name = block_of(40), "pool/a"
+    section, rows = block.sections[name], EXAMPLE_SCHEMA.sections[name].rows
+    users, slots = torch.randperm(40), torch.randperm(section.ids_uk.shape[1])
+    shuffled = Section(*(part[users][:, slots] for part in (section.ids_uk, section.valid_uk, section.rows_ukw)))
+    sums, weights = weighted_sums(section, block.weight_u, rows)
+    other_sums, other_weights = weighted_sums(shuffled, block.weight_u[users], rows)
+    torch.testing.assert_close(other_sums, sums, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(other_weights, weights)
 
 
 @pytest.mark.parametrize("kappa", [-1.0, float("nan"), float("inf")])

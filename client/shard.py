@@ -1,0 +1,244 @@
+"""One shard of a user store: an LMDB environment whose file may be damaged, or replaced by another process.
+
+A shard's folder is made beside its place and renamed, so a folder that is there has held a whole shard: a file in it
+that is missing, empty or short is damage, never a beginning. Opening a shard checks all of it, its pages
+(`client/pages.py`) and the crc of every record: about 1 us per user, once in a process.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, Self
+from zlib import crc32
+
+import lmdb
+import numpy as np
+
+from client.pages import PageFault, check_metas, check_pages
+from client.state import Histories, RecordFault, RecordLayout, user_keys
+from federation.errors import DamagedShardError, StoreError
+from federation.files import sync
+from federation.streams import UserIds
+
+NO_ROUND = -1
+DATA_NAME = "data.mdb"
+_RECORDS, _ROUNDS = b"records", b"rounds"
+_ASIDE = ".damaged-"
+_BATCH_USERS = 1 << 14
+_DAMAGE = (PageFault, RecordFault, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.NotFoundError)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What a shard notes. durable: the round it was compacted to. newest: the last round that may have records.
+
+    Kept as two int64 and the crc32 of them, little-endian; NO_ROUND is -1.
+    """
+
+    durable: int = NO_ROUND
+    newest: int = NO_ROUND
+
+    def packed(self) -> bytes:
+        body = struct.pack("<qq", self.durable, self.newest)
+        return body + struct.pack("<I", crc32(body))
+
+    @classmethod
+    def unpacked(cls, note: bytes | None) -> Self:
+        """Raises RecordFault."""
+        if note is None or len(note) != 20 or crc32(note[:16]) != struct.unpack("<I", note[16:])[0]:
+            raise RecordFault(f"the note of its rounds is {note!r}, which is none")
+        return cls(*struct.unpack("<qq", note[:16]))
+
+
+@dataclass(frozen=True)
+class Transaction:
+    """A transaction on one shard. place: the shard, for messages."""
+
+    handle: Any
+    records: Any
+    layout: RecordLayout
+    place: str
+
+    @property
+    def users(self) -> int:
+        """Users with records."""
+        return int(self.handle.stat(self.records)["entries"])
+
+    @property
+    def rounds(self) -> Rounds:
+        return Rounds.unpacked(self.handle.get(_ROUNDS))
+
+    def note(self, rounds: Rounds) -> None:
+        """Replaces the noted rounds."""
+        self.handle.put(_ROUNDS, rounds.packed())
+
+    def read(self, ids: UserIds) -> Histories:
+        """The records of the users. ids: in the order of their keys."""
+        pairs = self.handle.cursor(db=self.records).getmulti(user_keys(ids))
+        found = np.frombuffer(b"".join([key for key, _ in pairs]), ">u8")
+        positions = np.searchsorted(ids.astype(np.uint64), found.astype(np.uint64))
+        return self.layout.unpack(ids, positions, [value for _, value in pairs])
+
+    def replace(self, ids: UserIds, histories: Histories) -> None:
+        """Replaces the records of the users. ids: in the order of their keys."""
+        pairs = list(zip(user_keys(ids), histories.packed(len(ids))))
+        self.handle.cursor(db=self.records).putmulti([pair for pair in pairs if pair[1]])
+        for key in [key for key, value in pairs if not value]:
+            self.handle.delete(key, db=self.records)
+
+    def batches(self) -> Iterator[tuple[UserIds, Histories]]:
+        """All users and their records, some thousands at a time. Nothing may be replaced meanwhile."""
+        pairs = self.handle.cursor(db=self.records).iternext()
+        while batch := list(islice(pairs, _BATCH_USERS)):
+            ids = np.frombuffer(b"".join([key for key, _ in batch]), ">i8").astype(np.int64)
+            yield ids, self.layout.unpack(ids, np.arange(len(ids)), [value for _, value in batch])
+
+
+class Shard:
+    """A shard in `folder`, which is made when first needed. Used from one process and one thread.
+
+    map_bytes: most bytes that it may take; address space, not disk, until used.
+    """
+
+    def __init__(self, number: int, folder: Path, layout: RecordLayout, map_bytes: int) -> None:
+        self._number, self._folder, self._layout, self._map_bytes = number, folder, layout, map_bytes
+        self._data = folder / DATA_NAME
+        self._opened: tuple[Any, Any, tuple[int, int]] | None = None
+
+    @property
+    def exists(self) -> bool:
+        return self._folder.is_dir()
+
+    @property
+    def place(self) -> str:
+        return f"shard {self._number} ({self._folder})"
+
+    @property
+    def disk_bytes(self) -> int:
+        """What its data takes on the disk."""
+        return self._data.stat().st_blocks * 512
+
+    @contextmanager
+    def transaction(self, *, write: bool) -> Iterator[Transaction]:
+        """A transaction that commits at the end of the block, and changes nothing when the block raises.
+
+        Raises DamagedShardError when the data is damaged, other StoreErrors when it cannot be used.
+        """
+        try:
+            environment, records = self._current()
+            with environment.begin(write=write) as handle:
+                yield Transaction(handle, records, self._layout, self.place)
+        except _DAMAGE as error:
+            self.close()
+            raise DamagedShardError(
+                f"{self.place} is damaged ({error}); nothing of this call was kept in it; restore it from a copy, or "
+                "set it aside so that its users start afresh",
+                self._number,
+            ) from error
+        except lmdb.MapFullError as error:
+            raise StoreError(
+                f"{self.place} may take {self._map_bytes} bytes and is full; nothing of this call was kept in it; "
+                "open the store with a larger map_bytes"
+            ) from error
+        except (lmdb.Error, OSError) as error:
+            raise StoreError(
+                f"{self.place} cannot be used ({error}); nothing of this call was kept in it; free space if the disk "
+                "is full, see that its files may be read and written, and repeat the call"
+            ) from error
+
+    def set_aside(self) -> Path:
+        """Renames the folder, so that the shard begins anew. Nothing is deleted.
+
+        For one process at a time; others notice at their next transaction. Raises StoreError when it cannot be done.
+        """
+        self.close()
+        names = (self._folder.with_name(f"{self._folder.name}{_ASIDE}{number}") for number in count(1))
+        aside = next(path for path in names if not path.exists())
+        try:
+            self._folder.rename(aside)
+            sync(aside.parent)
+        except OSError as error:
+            raise StoreError(f"{self.place} is damaged and cannot be renamed ({error}); rename it by hand") from error
+        return aside
+
+    @property
+    def begun_anew(self) -> bool:
+        """Whether the shard takes the place of one that was set aside."""
+        return any(self._folder.parent.glob(f"{self._folder.name}{_ASIDE}*"))
+
+    def close(self) -> None:
+        """Closes what is open. Using the shard again opens it again."""
+        if self._opened is not None:
+            self._opened[0].close()
+        self._opened = None
+
+    def _current(self) -> tuple[Any, Any]:
+        """The environment and its records, opened anew when another file has taken the place or it was cut short."""
+        if self._opened is not None:
+            environment, records, file = self._opened
+            found = self._data.stat() if self._data.exists() else None
+            if found and (found.st_dev, found.st_ino) == file and found.st_size >= _needed_bytes(environment):
+                return environment, records
+            self.close()
+        if not self.exists:
+            self._make()
+        environment, records = self._open()
+        found = self._data.stat()
+        self._opened = environment, records, (found.st_dev, found.st_ino)
+        return environment, records
+
+    def _make(self) -> None:
+        self._folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".partial-{self._folder.name}-", dir=self._folder.parent) as partial:
+            whole = Path(partial) / self._folder.name
+            with lmdb.open(str(whole), map_size=self._map_bytes, max_dbs=1) as environment:
+                environment.open_db(_RECORDS)
+                with environment.begin(write=True) as handle:
+                    handle.put(_ROUNDS, Rounds().packed())
+            sync(whole)  # LMDB flushes its files, not the folder that names them
+            try:
+                whole.rename(self._folder)
+            except OSError:
+                if not self.exists:  # it was not another process that was faster
+                    raise
+        sync(self._folder.parent)
+
+    def _open(self) -> tuple[Any, Any]:
+        if not self._data.exists():
+            raise PageFault(f"in a whole shard there is a {DATA_NAME}")
+        check_metas(self._data)
+        environment = lmdb.open(str(self._folder), map_size=self._map_bytes, max_dbs=1, readahead=False)
+        try:
+            environment.reader_check()  # a killed reader's slot would keep old pages from being used again
+            with environment.begin(write=True):  # which keeps other writers out
+                _restore_length(environment, self._data)
+                check_pages(self._data, ordered=_RECORDS)
+            records = environment.open_db(_RECORDS, create=False)
+            with environment.begin() as handle:
+                for _ in Transaction(handle, records, self._layout, self.place).batches():
+                    pass
+        except BaseException:
+            environment.close()
+            raise
+        return environment, records
+
+
+def _needed_bytes(environment: Any) -> int:
+    return int((environment.info()["last_pgno"] + 1) * environment.stat()["psize"])
+
+
+def _restore_length(environment: Any, data: Path) -> None:
+    """Give a data file that is too short its full length, so that reading it cannot end in SIGBUS.
+
+    LMDB leaves out unused pages at the end of a file now and then, so a short file need not be damaged. If it is, the
+    pages that it lost now read as zeros, which are no pages.
+    """
+    if data.stat().st_size < _needed_bytes(environment):
+        os.truncate(data, _needed_bytes(environment))

@@ -1,0 +1,165 @@
+"""What registered users cost: rounds of one cohort size over 10^4, 10^5 and 10^6 of them, and memory over many rounds.
+
+Each population has a process of its own that does a federation's whole work: a synthetic one with gate, trained rows,
+user store and a checkpoint after each round. They take turns, round by round, so that a busy machine slows all alike.
+
+Memory is what a process holds for itself, see `simulations.memory`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from federation.config import RunConfig
+from federation.errors import RunError
+from simulations.benchmarks.federations import Laps, started, synthetic
+from simulations.memory import private_memory
+from simulations.record import provenance
+from simulations.worker import Worker
+
+WARMUP = 2
+"""Rounds that are not counted, of each population."""
+
+
+@dataclass(frozen=True)
+class Population:
+    """Rounds over populations of several sizes.
+
+    round_seconds, driver_mib: of each counted round, by registered users. The driver is the only process there.
+    memory: over a longer federation with one Ray worker, MiB after each round, of "driver" and "worker".
+    """
+
+    config: RunConfig
+    round_seconds: dict[int, list[float]]
+    driver_mib: dict[int, list[float]]
+    memory: dict[str, list[float]]
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """What the command prints: medians of seconds, memory after the last round."""
+        return {
+            "registered": list(self.round_seconds),
+            "round_seconds": [round(median(seconds), 4) for seconds in self.round_seconds.values()],
+            "driver_mib": [round(mib[-1], 1) for mib in self.driver_mib.values()],
+            "mib_per_100_rounds": {who: round(100 * slope(mib), 2) for who, mib in self.memory.items()},
+        }
+
+    def record(self) -> dict[str, Any]:
+        """The record of this measurement."""
+        return {
+            "kind": "population",
+            "name": "population",
+            **provenance(),
+            "seed": self.config.seed,
+            "config": self.config.model_dump(mode="json", exclude={"evaluate"}),
+            **self.line,
+            "cohort": self.config.federation.cohort,
+            "rounds": len(next(iter(self.round_seconds.values()))),
+            "memory_rounds": len(self.memory["driver"]),
+            "all_round_seconds": list(self.round_seconds.values()),
+            "all_driver_mib": list(self.driver_mib.values()),
+            "memory": self.memory,
+        }
+
+
+def measure(registered: Sequence[int], cohort: int, rounds: int, memory_rounds: int) -> Population:
+    """`rounds` counted rounds over each population, then `memory_rounds` of a quarter of the cohort."""
+    configs = {users: synthetic(users, cohort, WARMUP + rounds, workers=0) for users in registered}
+    seconds: dict[int, list[float]] = {users: [] for users in registered}
+    driver_mib: dict[int, list[float]] = {users: [] for users in registered}
+    with _processes(configs) as connections:
+        for index in range(WARMUP + rounds):
+            for users, connection in connections.items():
+                lap, mib = _next_round(connection, users)
+                if index >= WARMUP:
+                    seconds[users].append(lap)
+                    driver_mib[users].append(mib)
+    memory = memory_of(synthetic(max(registered), max(cohort // 4, 1), memory_rounds, workers=1))
+    return Population(configs[max(registered)], seconds, driver_mib, memory)
+
+
+def memory_of(config: RunConfig) -> dict[str, list[float]]:
+    """MiB of this process and of the only worker after each round of a federation."""
+    memory: dict[str, list[float]] = {"driver": [], "worker": []}
+    with tempfile.TemporaryDirectory() as folder, started(config) as federation:
+
+        def note(_: object) -> None:
+            ((_, _, of_worker),) = federation.workers.run(_memory_of_worker, [()])
+            memory["worker"].append(of_worker)
+            memory["driver"].append(private_mib())
+
+        federation.run(Path(folder), note)
+    return memory
+
+
+def slope(values: Sequence[float]) -> float:
+    """By how much a value rises with each step, by least squares over the second half; the first half warms up."""
+    settled = values[len(values) // 2 :]
+    return float(np.polyfit(np.arange(len(settled)), settled, 1)[0])
+
+
+def private_mib() -> float:
+    """Private memory of this process in MiB. Raises RunError where the system does not tell it."""
+    memory = private_memory()
+    if not memory:
+        raise RunError("private memory is read from /proc/self/statm, which is not there; measure it on Linux")
+    return sum(memory.values())
+
+
+def _memory_of_worker(worker: Worker) -> tuple[None, float]:
+    return None, private_mib()
+
+
+@contextmanager
+def _processes(configs: dict[int, RunConfig]) -> Iterator[dict[int, Connection]]:
+    """A process for each federation, which does its rounds one by one, when told."""
+    context = multiprocessing.get_context("spawn")
+    connections, processes = {}, []
+    try:
+        for users, config in configs.items():
+            connections[users], theirs = context.Pipe()
+            process = context.Process(target=_rounds_when_told, args=(theirs, config))
+            process.start()
+            processes.append(process)
+            theirs.close()  # so that reading from a process that died ends
+        yield connections
+    finally:
+        for connection in connections.values():
+            connection.close()
+        for process in processes:
+            process.join()
+
+
+def _rounds_when_told(connection: Connection, config: RunConfig) -> None:
+    """Does a federation, each round when told; sends its seconds and the MiB after it. Ends when no one listens."""
+    with tempfile.TemporaryDirectory() as folder, started(config) as federation:
+
+        def tell(_: object) -> None:
+            connection.send((laps.seconds[-1], private_mib()))
+            connection.recv()
+
+        laps = Laps(tell)
+        try:
+            connection.recv()
+            federation.run(Path(folder), laps)
+        except EOFError:
+            return
+
+
+def _next_round(connection: Connection, users: int) -> tuple[float, float]:
+    try:
+        connection.send("next round")
+        lap, mib = connection.recv()
+    except (EOFError, OSError) as error:
+        raise RunError(f"the federation of {users} registered users ended early; its process said why above") from error
+    return lap, mib

@@ -1,0 +1,180 @@
+"""Workers on a cluster of two nodes, both on this machine, that may die: what is done where, and that it is done once.
+
+The tests of one cluster stand in the order in which they wear it out.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray._private.internal_api import free
+from ray.cluster_utils import Cluster as Machines
+
+import simulations.cluster
+import simulations.federate
+from federation.config import RunConfig
+from federation.errors import FedquiltWarning, RunError
+from server.checkpoint import checksum
+from simulations.cluster import Cluster
+from simulations.federate import federate, last_checkpoint, read_history
+from simulations.placement import Shard
+from simulations.ray_workers import RayWorkers
+from simulations.worker import ChunkReport, Worker, run_chunk
+from simulations.workers import on_device
+from tests.simulations.tiny import tiny_config, tiny_setup
+
+MEGABYTE = 1_000_000
+PATIENCE_SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Machines]:
+    """Two nodes; the first one has a GPU, as far as Ray knows."""
+    found = Machines(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1, "include_dashboard": False})
+    found.add_node(num_cpus=1)
+    yield found
+    found.shutdown()
+
+
+def config_on(machines: Machines, *overrides: str) -> RunConfig:
+    return tiny_config("compute.workers=2", f"compute.ray_address={machines.address}", *overrides)
+
+
+# -------------------------------------------------------------------------------- resources
+
+
+def test_two_workers_share_a_gpu_and_leave_the_cluster_as_it_was(machines: Machines) -> None:
+    config = on_device(config_on(machines, "compute.device=auto", "compute.devices_per_worker=0.5"))
+    assert config.compute.device == "cuda"
+    workers = RayWorkers(config)
+    try:
+        first, second = workers.places
+        assert first == second
+        assert first.gpus == ("0",)
+        assert ray.available_resources().get("GPU", 0.0) == 0.0
+        with pytest.raises(RunError, match=r"'cuda' needs a torch that can use a GPU, .* finds none"):
+            list(workers.run(place_of, [()]))
+    finally:
+        workers.close()
+    assert not ray.is_initialized()
+    with Cluster(config.compute):
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while ray.available_resources().get("GPU", 0.0) < 1.0:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_what_the_cluster_cannot_hold_is_refused(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RunError, match="each of 4 workers needs 1 CPU on one node, the cluster has room for 3"):
+        RayWorkers(config_on(machines, "compute.workers=4"))
+    with Cluster(config_on(machines).compute) as cluster:
+        cluster.reserve()
+        monkeypatch.setattr(simulations.cluster, "PATIENCE_SECONDS", 0.5)
+        with pytest.raises(RunError, match=r"2 workers need 1 CPU each, the cluster had 1 CPU left for 0\.5 s"):
+            cluster.reserve()
+        with pytest.raises(RunError, match="this process is connected already"):
+            RayWorkers(config_on(machines))
+    with pytest.raises(RunError, match=r"HOST:PORT of a running Ray cluster, '127\.0\.0\.1:1' does not answer"):
+        RayWorkers(config_on(machines, "compute.ray_address=127.0.0.1:1"))
+
+
+# -------------------------------------------------------------------------------- who does what
+
+
+@pytest.fixture(scope="module")
+def workers(machines: Machines) -> Iterator[RayWorkers]:
+    """One worker on each node."""
+    started = RayWorkers(config_on(machines))
+    yield started
+    started.close()
+
+
+def place_of(worker: Worker, *_: Any) -> tuple[None, tuple[str, int]]:
+    return None, (ray.get_runtime_context().get_node_id(), os.getpid())
+
+
+def part(worker: Worker, number: int) -> tuple[bytes, int]:
+    """A result too large to travel with its report."""
+    return bytes([number]) * MEGABYTE, os.getpid()
+
+
+def parts(workers: RayWorkers, shards: list[Shard]) -> list[Any]:
+    made = {position: result for position, result, _ in workers.run(part, [(n,) for n in range(len(shards))], shards)}
+    return [made[position] for position in range(len(shards))]
+
+
+def dying_once(marker: Path) -> Callable[..., tuple[Any, ChunkReport]]:
+    """`run_chunk` that kills its process when all is done and written, but not yet told."""
+
+    def chunk(worker: Worker, *arguments: Any) -> tuple[Any, ChunkReport]:
+        done = run_chunk(worker, *arguments)
+        try:
+            marker.touch(exist_ok=False)
+        except FileExistsError:
+            return done
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    return chunk
+
+
+def test_a_shards_chunks_are_done_on_the_node_that_owns_it(workers: RayWorkers, tmp_path: Path) -> None:
+    shards = [Shard(tmp_path, number % 4, 4) for number in range(24)]
+    found = {position: node for position, _, (node, _) in workers.run(place_of, [()] * 24, shards)}
+    by_shard = {shard: {found[position] for position in range(shard, 24, 4)} for shard in range(4)}
+    assert all(len(nodes) == 1 for nodes in by_shard.values())
+    assert len({place.node for place in workers.places}) == 2
+    assert sorted(node for nodes in by_shard.values() for node in nodes) == sorted(
+        [place.node for place in workers.places] * 2
+    )
+
+
+def test_with_a_worker_killed_in_mid_round_the_bits_are_the_same(
+    workers: RayWorkers, undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulations.federate, "run_chunk", dying_once(tmp_path / "died"))
+    before = workers.places
+    with pytest.warns(FedquiltWarning, match=r"worker \d died in job \d of 3 .*another takes its place"):
+        federate(tiny_setup(tiny_config()), workers, range(60), tmp_path / "out", False, lambda report: None)
+    assert checksum(last_checkpoint(tmp_path / "out")) == undisturbed
+    assert [line["replaced_workers"] for line in read_history(tmp_path / "out")] == [1, 0, 0, 0, 0, 0]
+    assert workers.places == before
+
+
+def test_partials_are_merged_though_workers_die_and_partials_are_lost(workers: RayWorkers, tmp_path: Path) -> None:
+    shards = [Shard(tmp_path, number, 5) for number in range(5)]
+    made = parts(workers, shards)
+    whole = b"".join(bytes([number]) * MEGABYTE for number in range(5))
+    ((_, _, (_, pid)),) = workers.run(place_of, [()])
+    os.kill(pid, signal.SIGKILL)
+    with pytest.warns(FedquiltWarning, match="died merging partials"):
+        assert workers.fold(made, operator.add) == whole
+    free([made[1].reference, made[4].reference])
+    assert workers.fold(made, operator.add) == whole
+
+
+def test_when_a_node_goes_its_shards_move_to_one_that_sees_their_files(
+    machines: Machines, workers: RayWorkers, tmp_path: Path
+) -> None:
+    for number in range(4):
+        (tmp_path / "seen" / f"shard-{number:04d}").mkdir(parents=True)
+        (tmp_path / "seen" / f"shard-{number:04d}" / "data.mdb").touch()
+    seen = [Shard(tmp_path / "seen", number, 4) for number in range(4)]
+    unseen = [Shard(tmp_path / "unseen", number, 4) for number in range(4)]
+    made = parts(workers, seen)
+    list(workers.run(place_of, [()] * 4, unseen))
+    (other,) = machines.worker_nodes
+    machines.remove_node(other)
+    with pytest.warns(FedquiltWarning):
+        assert workers.fold(made, operator.add) == b"".join(bytes([number]) * MEGABYTE for number in range(4))
+    assert {node for _, _, (node, _) in workers.run(place_of, [()] * 4, seen)} == {machines.head_node.node_id}
+    with pytest.raises(RunError, match=r"shard \d of .*unseen was on node .*, which is gone.*start the node again"):
+        list(workers.run(place_of, [()] * 4, unseen))
