@@ -6,10 +6,13 @@ Heavy modules are imported inside the commands, so that help and mistyped argume
 from __future__ import annotations
 
 import os
+import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from click import Context
@@ -17,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from federation.errors import ConfigError, FedquiltError
+from federation.errors import ConfigError, FedquiltError, FedquiltWarning
 from federation.house import check_house
 from federation.plugins import suggest
 from simulations.benchmarks.commands import bench
@@ -31,7 +34,8 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with saying_warnings():
+                return super().invoke(ctx)
         except (FedquiltError, OSError) as error:
             if ctx.params["debug"]:
                 traceback.print_exc()
@@ -40,6 +44,30 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("stopped; continue with --resume (a sweep: with the same command)", err=True)
             raise typer.Exit(130) from None
+
+
+@contextmanager
+def saying_warnings() -> Iterator[None]:
+    """Our own warnings are one line each; all others are shown as ever."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def say(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, FedquiltWarning):
+                print(f"fedquilt: {message}", file=sys.stderr)
+            else:
+                show(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = say
+        warnings.simplefilter("always", FedquiltWarning)
+        yield
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -82,6 +110,10 @@ def simulate(
     overrides: Overrides,
     out: Annotated[Path | None, typer.Option(help="Folder of the results; runs/<name> by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="A running Ray cluster to work on; one of our own by default."),
+    ] = None,
 ) -> None:
     """Train a shared pool with simulated users, then serve new users and compare with the alternatives.
 
@@ -91,7 +123,8 @@ def simulate(
     from simulations.progress import Terminal
     from simulations.runs import run
 
-    config = load_config(experiment_path(experiment), overrides)
+    cluster = [f'compute.ray_address="{ray_address}"'] if ray_address else []
+    config = load_config(experiment_path(experiment), [*overrides, *cluster])
     console = Console()
     with Terminal(console) as progress:
         finished = run(config, out or RUNS / config.name, resume, progress)

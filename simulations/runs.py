@@ -67,7 +67,7 @@ def run(config: RunConfig, out: Path, resume: bool = False, progress: Progress |
         raise RunError(f"{out} holds a run already; continue it with --resume, or give another --out")
     try:
         _claim(out, config)
-        record, evaluation = _train_and_serve(config, out, resume, progress)
+        record, evaluation = _train_and_serve(config, out.absolute(), resume, progress)  # workers may stand elsewhere
         write_json(out / RECORD_NAME, record)
         if evaluation is not None:
             write_json(out / USERS_NAME, users_table(evaluation))

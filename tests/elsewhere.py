@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -38,6 +39,11 @@ class _There(Tensor):
     def tolist(self) -> Any:
         return self.here.tolist()
 
+    def numpy(self, *, force: bool = False) -> Any:
+        if not force:
+            raise TypeError("can't convert a tensor that is elsewhere to numpy")
+        return self.here.detach().numpy()
+
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _do(function, args, kwargs or {})
@@ -50,10 +56,20 @@ class _Mode(TorchDispatchMode):
         return _do(function, args, kwargs or {})
 
 
+class _Literals(TorchFunctionMode):
+    """Sees to `torch.tensor`, which makes tensors on "meta" without dispatching anything."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        device = (kwargs or {}).get("device")
+        if function is torch.tensor and device is not None and torch.device(device) == ELSEWHERE:
+            return function(*args, **{**kwargs, "device": "cpu"}).to(ELSEWHERE)
+        return function(*args, **(kwargs or {}))
+
+
 @contextmanager
 def elsewhere() -> Iterator[torch.device]:
     """The device, as long as the context lasts."""
-    with _Mode():
+    with _Literals(), _Mode():
         yield ELSEWHERE
 
 

@@ -1,4 +1,4 @@
-"""The sides that run on the product's own workers: the engine in its variants, and the plain loop."""
+"""The sides that run on the product's own workers: the engine in its precisions, and the plain loop."""
 
 from __future__ import annotations
 

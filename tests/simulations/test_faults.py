@@ -23,18 +23,14 @@ import numpy as np
 import pytest
 
 import server.checkpoint
-import simulations.federate
-import simulations.ray_workers
 from client.state import RecordLayout
 from client.store import UserStore
 from federation.config import RunConfig
-from federation.errors import CheckpointError, FedquiltError, FedquiltWarning, RunError, StoreError
+from federation.errors import CheckpointError, FedquiltError, RunError
 from server.checkpoint import checksum, rounds
-from simulations.federate import HISTORY_NAME, RoundReport, federate, last_checkpoint, read_history
-from simulations.ray_workers import RayWorkers
+from simulations.federate import HISTORY_NAME, RoundReport, last_checkpoint, read_history
 from simulations.runs import MAIN, run
-from simulations.worker import Worker
-from tests.simulations.tiny import TINY, Interrupt, interrupt_at, simulate, tiny_config, tiny_setup
+from tests.simulations.tiny import TINY, Interrupt, interrupt_at, simulate, tiny_config
 
 PATIENCE_SECONDS = 120
 
@@ -127,40 +123,6 @@ def test_dead_before_or_after_any_step_it_resumes_to_the_same_bits(
     assert [line["round_index"] for line in read_history(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def kill_oneself(worker: Worker, *_: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def fail(worker: Worker) -> None:
-    raise StoreError("shard 3 is full")
-
-
-def test_a_job_that_fails_or_kills_its_workers_ends_the_run_with_words_and_resume_goes_on(
-    undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(simulations.ray_workers, "ATTEMPTS", 2)
-    config = tiny_config("compute.workers=1")
-    workers = RayWorkers(config)
-
-    def from_now_on_kill(report: RoundReport) -> None:
-        if report.round_index == 3:
-            monkeypatch.setattr(simulations.federate, "run_chunk", kill_oneself)
-
-    try:
-        with pytest.raises(StoreError) as raised:
-            list(workers.run(fail, [()]))
-        assert (type(raised.value), str(raised.value)) == (StoreError, "shard 3 is full")
-        words = r"worker 0 died in job 0 of 3, as 1 before it .*nothing .* is lost.*--resume"
-        with pytest.warns(FedquiltWarning, match="worker 0 died in job 0 of 3"), pytest.raises(RunError, match=words):
-            federate(tiny_setup(config), workers, range(60), tmp_path, False, from_now_on_kill)
-        assert workers.replaced == 1
-    finally:
-        workers.close()
-    monkeypatch.undo()
-    assert rounds(tmp_path / "checkpoints")[-1] == 3
-    assert simulate(tiny_config(), tmp_path, resume=True) == undisturbed
-
-
 def hold_a_shard(shard: Path) -> None:
     with lmdb.open(str(shard), max_dbs=2).begin(write=True):
         (shard / "held").touch()
@@ -192,7 +154,7 @@ def test_a_writer_that_is_killed_in_a_transaction_keeps_nobody_waiting(tmp_path:
 
 # -------------------------------------------------------------------------------- Ctrl-C
 
-ENDLESS = (*TINY, "compute.workers=2", "federation.rounds=1000000", "federation.checkpoint_every=1000")
+ENDLESS = (*TINY, "compute.workers=1", "federation.rounds=1000000", "federation.checkpoint_every=1000")
 
 
 def processes_with(variable: bytes) -> list[int]:

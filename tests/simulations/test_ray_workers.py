@@ -20,16 +20,17 @@ from ray.cluster_utils import Cluster as Machines
 
 import simulations.cluster
 import simulations.federate
+import simulations.ray_workers
 from federation.config import RunConfig
-from federation.errors import FedquiltWarning, RunError
+from federation.errors import FedquiltWarning, RunError, StoreError
 from server.checkpoint import checksum
 from simulations.cluster import Cluster
-from simulations.federate import federate, last_checkpoint, read_history
+from simulations.federate import RoundReport, federate, last_checkpoint, read_history
 from simulations.placement import Shard
 from simulations.ray_workers import RayWorkers
 from simulations.worker import ChunkReport, Worker, run_chunk
 from simulations.workers import on_device
-from tests.simulations.tiny import tiny_config, tiny_setup
+from tests.simulations.tiny import simulate, tiny_config, tiny_setup
 
 MEGABYTE = 1_000_000
 PATIENCE_SECONDS = 60
@@ -149,6 +150,34 @@ def test_with_a_worker_killed_in_mid_round_the_bits_are_the_same(
     assert workers.places == before
 
 
+def fail(worker: Worker) -> None:
+    raise StoreError("shard 3 is full")
+
+
+def kill_oneself(worker: Worker, *_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_job_that_fails_or_kills_its_workers_ends_the_run_with_words_and_resume_goes_on(
+    workers: RayWorkers, undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StoreError) as raised:
+        list(workers.run(fail, [()]))
+    assert (type(raised.value), str(raised.value)) == (StoreError, "shard 3 is full")
+
+    def from_now_on_kill(report: RoundReport) -> None:
+        if report.round_index == 3:
+            monkeypatch.setattr(simulations.federate, "run_chunk", kill_oneself)
+
+    monkeypatch.setattr(simulations.ray_workers, "ATTEMPTS", 1)
+    with pytest.raises(RunError, match=r"worker \d died in job \d of 3, as 0 before it .*nothing .* is lost.*--resume"):
+        federate(tiny_setup(tiny_config()), workers, range(60), tmp_path, False, from_now_on_kill)
+    monkeypatch.undo()
+    assert [line["round_index"] for line in read_history(tmp_path)] == [1, 2, 3]
+    assert simulate(tiny_config(), tmp_path, resume=True) == undisturbed
+
+
+@pytest.mark.filterwarnings("ignore:.*died in job:federation.errors.FedquiltWarning")  # of the job before
 def test_partials_are_merged_though_workers_die_and_partials_are_lost(workers: RayWorkers, tmp_path: Path) -> None:
     shards = [Shard(tmp_path, number, 5) for number in range(5)]
     made = parts(workers, shards)
