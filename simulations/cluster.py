@@ -100,6 +100,12 @@ class Cluster:
         self.close()
 
 
+def cluster_gpus(compute: ComputeConfig) -> int:
+    """The GPUs of the cluster that `compute` names."""
+    with Cluster(compute) as cluster:
+        return cluster.gpus
+
+
 def nodes_of(group: PlacementGroup) -> list[str]:
     """The node of each bundle."""
     by_bundle: dict[int, Any] = placement_group_table(group)["bundles_to_node_id"]

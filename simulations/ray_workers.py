@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from federation.config import ComputeConfig, RunConfig
+from federation.config import RunConfig
 from federation.errors import FedquiltWarning, RunError
 from server.tree import fold
 from simulations.placement import Backlog, FileIdentity, Place, Shard, deal, deal_again, resources_of, shards_in
@@ -135,15 +135,16 @@ class RayWorkers:
     def fold(self, results: Sequence[Any], merge: Callable[[Any, Any], Any]) -> Any:
         # On the actors, not as Ray tasks: those start processes of their own, which load torch anew (2 s of work each).
         leaves: list[_Made] = list(results)
-        for attempt in range(1, ATTEMPTS + 1):
+        attempts = 0
+        while True:
             try:
                 return _value(fold([leaf.reference for leaf in leaves], self._merging(merge)))
             except (*DEATHS, ObjectLostError) as error:
-                if attempt == ATTEMPTS:
-                    raise _given_up(f"workers died merging partials, {ATTEMPTS} times", error) from error
+                attempts += 1
+                if attempts == ATTEMPTS:
+                    raise _given_up(f"partials could not be merged in {ATTEMPTS} attempts", error) from error
             self._replace_the_dead("merging partials")
             leaves = self._with_lost_remade(leaves)
-        raise AssertionError
 
     def object_store_mib(self) -> float:
         return self._cluster.object_store_mib()
@@ -195,13 +196,13 @@ class RayWorkers:
         return _Running(number, position, result, report)
 
     def _next(self, running: Mapping[Any, _Running]) -> Any | None:
-        """What is done next, a job or a start. None when there is neither, or no start comes to an end."""
+        """What is done next, a job or a start. None when there is nothing to wait for."""
         while running or self._starting:
             done, _ = ray.wait([*running, *self._starting], timeout=PATIENCE_SECONDS)
             if done:
                 return done[0]
-            if not running:
-                break
+            if not running and not self._cluster.nodes & {self._nodes[number] for number in self._starting.values()}:
+                break  # their nodes are gone, and no other has room for them
         return None
 
     # Workers that begin and end
@@ -272,32 +273,29 @@ class RayWorkers:
         if shard is None:
             return None
         if shard.store_folder not in self._owners:
-            found = self._found(shard.store_folder)
+            found = self._found(shard.store_folder, self._living_nodes())
             workers = Counter(node for node in self._nodes if node in found)
             self._owners[shard.store_folder] = deal(shard.of, found, workers)
         return self._owners[shard.store_folder][shard.number]
 
-    def _found(self, store_folder: Path) -> dict[str, dict[int, FileIdentity]]:
-        nodes = self._living_nodes()
+    def _found(self, store_folder: Path, nodes: Sequence[str]) -> dict[str, dict[int, FileIdentity]]:
+        """The shards that each node has."""
         works = [_Work(find_shards, (store_folder,), None)] * len(nodes)
         return {nodes[position]: report for position, _, report in self._do(works, nodes)}
 
     def _homes_left(self, works: Sequence[_Work]) -> list[str | None]:
         """Where the works can be done now that their homes have no workers. Raises RunError when nowhere."""
+        nodes = list({self._nodes[number] for number in self._free({})})
+        if not nodes:
+            raise RunError("no node of the Ray cluster is left to work on; start one and run again with --resume")
         for folder in {work.shard.store_folder for work in works if work.shard is not None}:
-            self._owners[folder] = deal_again(self._owners[folder], self._found(folder), folder)
+            self._owners[folder] = deal_again(self._owners[folder], self._found(folder, nodes), folder)
         return [self._home(work.shard) for work in works]
 
 
 def find_shards(worker: Worker, store_folder: Path) -> tuple[None, dict[int, FileIdentity]]:
     """The shards on the worker's node."""
     return None, shards_in(store_folder)
-
-
-def cluster_gpus(compute: ComputeConfig) -> int:
-    """The GPUs of the cluster that is joined."""
-    with Cluster(compute) as cluster:
-        return cluster.gpus
 
 
 def _value(reference: Any) -> Any:

@@ -115,7 +115,7 @@ def on_device(config: RunConfig) -> RunConfig:
 def _gpus(compute: ComputeConfig) -> tuple[str, int]:
     """Where the work would be done, and how many GPUs there are."""
     if compute.workers and compute.ray_address is not None:
-        from simulations.ray_workers import cluster_gpus
+        from simulations.cluster import cluster_gpus
 
         return f"the Ray cluster at {compute.ray_address}", cluster_gpus(compute)
     return "torch on this machine", torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -263,8 +263,12 @@ def test_a_disk_that_fills_up_is_said_and_resume_goes_on(
 def test_a_disk_that_fills_up_in_a_line_of_the_history_is_said_and_resume_goes_on(
     undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: Path, *_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    real = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == HISTORY_NAME:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return real(path, *arguments, **options)
 
     with monkeypatch.context() as patch:
 
