@@ -69,11 +69,11 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def gated_low_rank(x: Tensor, y: Tensor, rows: Tensor, gates_ur: Tensor, scale: float) -> Tensor:
-    """y + s * sum_r gate_ur (x . down_r) up_r, where all users share the rows.
+    """y + s * sum_r gate_ur (x . down_r) up_r, where all users share the rows. y, of the base, is added to in place.
 
     Shapes: x (U, n, d_in), y (U, n, d_out), rows (R, d_in + d_out), gates (U, R), result (U, n, d_out).
     """
     d_in = x.shape[-1]
     used = rows.to(x.dtype)
     hidden = (x @ used[:, :d_in].t()) * gates_ur[:, None, :].to(x.dtype)
-    return y + (hidden @ used[:, d_in:]) * scale
+    return y.flatten(0, 1).addmm_(hidden.flatten(0, 1), used[:, d_in:], alpha=scale).view_as(y)

@@ -139,7 +139,7 @@ WORKLOADS = {
             base=perceptron,
             draw=classes,
             local=LocalConfig(steps=5, learning_rate=0.05, examples=16, batches=1),
-            users=4096,
+            users=8192,
             block=512,
         ),
         Workload(
@@ -147,8 +147,8 @@ WORKLOADS = {
             base=gpt2,
             draw=tokens,
             local=LocalConfig(steps=2, learning_rate=0.05, examples=4, batches=1),
-            users=96,
-            block=8,
+            users=192,
+            block=32,
         ),
     )
 }
