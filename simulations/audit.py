@@ -15,8 +15,8 @@ from federation.data.population import as_array
 from federation.streams import UserIds
 from simulations.federate import STORE_NAME, cohort_of, cut, shards_of
 from simulations.setup import Setup
-from simulations.worker import Worker, blocks, mended
-from simulations.workers import Workers
+from simulations.work.worker import Worker, blocks, mended
+from simulations.work.workers import Workers
 
 _READ_USERS = 1 << 14
 

@@ -19,7 +19,7 @@ from federation.config import RunConfig
 from federation.data.population import as_array
 from federation.errors import ConfigError
 from simulations.setup import first_pool, set_up
-from simulations.worker import Broadcast, Worker, train_block
+from simulations.work.worker import Broadcast, Worker, train_block
 
 MIN_SECONDS, MIN_REPETITIONS = 1.0, 3
 GIVE_UP_AFTER = 2

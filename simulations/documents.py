@@ -6,7 +6,7 @@ A document marks what is rendered, and a test holds it equal to its source:
     <!-- seeds: simulations/results/evidence.json -->    a sweep's methods over its seeds
     <!-- claims: simulations/results/evidence.json -->   paired differences of methods, over a sweep's seeds
     <!-- masks: simulations/results/synthetic.json -->   how near masks come to the best ones
-    <!-- bench: simulations/results/pipeline.json -->     a benchmark's figures
+    <!-- bench: simulations/results/pipeline.json -->     a benchmark's figures; of several, joined by +, side by side
     <!-- scale: simulations/results/million.json -->      time, memory and disk of a run
     <!-- source: tests/plugins/installed/sign_mean.py -->  a file, as a block of code
     <!-- end -->
@@ -53,11 +53,12 @@ def rendered(text: str) -> str:
 
 def _render(match: re.Match[str]) -> str:
     kind, source = match.groups()
-    path = HOUSE / source
+    texts = [(HOUSE / path).read_text() for path in source.split("+")]
     if kind == "source":
-        body = f"```python\n{path.read_text().strip()}\n```"
+        body = f"```python\n{texts[0].strip()}\n```"
     else:
-        body = f"{_KINDS[kind](json.loads(path.read_text()))}\n\nRecord: `{source}`."
+        named = " and ".join(f"`{path}`" for path in source.split("+"))
+        body = f"{_KINDS[kind](*map(json.loads, texts))}\n\nRecord: {named}."
     return f"<!-- {kind}: {source} -->\n{body}\n<!-- end -->"
 
 
@@ -101,17 +102,18 @@ def _masks(record: Record) -> str:
     return _markdown(("mask", "F1 against the user's best", "F1 against its type's habit"), rows)
 
 
-def _bench(record: Record) -> str:
-    return _figures(record, record["kind"])
+def _bench(*records: Record) -> str:
+    return _figures(records, records[0]["kind"])
 
 
 def _scale(record: Record) -> str:
-    return _figures(record, "run")
+    return _figures([record], "run")
 
 
-def _figures(record: Record, kind: str) -> str:
+def _figures(records: Sequence[Record], kind: str) -> str:
     """The first figure heads the table when it has several values: it is what the others depend on."""
-    rows = figures(record, kind)
+    columns = [{label: values for label, *values in figures(record, kind)} for record in records]
+    rows = [(label, *(value for column in columns for value in column.get(label, ["—"]))) for label in columns[0]]
     head, rows = (rows[0], rows[1:]) if len(rows[0]) > 2 else (("figure", "value"), rows)
     return _markdown(head, rows)
 
@@ -126,7 +128,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
 
 
-_KINDS: dict[str, Callable[[Record], str]] = {
+_KINDS: dict[str, Callable[..., str]] = {
     "table": _table,
     "seeds": _seeds,
     "claims": _claims,

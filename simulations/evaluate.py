@@ -26,8 +26,8 @@ from simulations.methods import Method, methods_of
 from simulations.progress import Progress, Stage
 from simulations.serve import Plan, Served, Trained, propose_masks, serve_block
 from simulations.statistics import Floats
-from simulations.worker import Job, blocks
-from simulations.workers import Workers
+from simulations.work.worker import Job, blocks
+from simulations.work.workers import Workers
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from federation.streams import UserIds
 from server import checkpoint
 from server.round import ServerState, close, from_checkpoint, to_parts
 from simulations.cohorts import draw_cohort
-from simulations.memory import largest, private_memory, total
-from simulations.placement import Shard
 from simulations.setup import Setup
-from simulations.worker import Broadcast, ChunkReport, merge_reports, run_chunk, run_on_store
-from simulations.workers import Workers
+from simulations.work.memory import largest, private_memory, total
+from simulations.work.placement import Shard
+from simulations.work.worker import Broadcast, ChunkReport, merge_reports, run_chunk, run_on_store
+from simulations.work.workers import Workers
 
 _WHO_WORKS = {"workers", "devices_per_worker", "ray_address"}
 HISTORY_NAME = "rounds.jsonl"

@@ -23,7 +23,7 @@ from simulations.record import read_record
 from simulations.runs import MAIN
 from simulations.serve import Plan, Trained, payload, personalised, propose_masks, start_of, tune
 from simulations.setup import Setup
-from simulations.worker import Worker
+from simulations.work.worker import Worker
 
 METHOD = "dsa_t2"
 

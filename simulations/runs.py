@@ -39,7 +39,7 @@ from simulations.record import (
 )
 from simulations.serve import Trained
 from simulations.setup import first_pool, set_up, wrap
-from simulations.workers import Workers, on_device, start_workers
+from simulations.work.workers import Workers, on_device, start_workers
 
 CONFIG_NAME = "config.json"
 POPULATION_NAME = "population.json"

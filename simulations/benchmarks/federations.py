@@ -14,7 +14,7 @@ from server.checkpoint import checksum
 from simulations.federate import RoundReport, federate, last_checkpoint
 from simulations.populations import make_population
 from simulations.setup import Setup, first_pool, set_up, wrap
-from simulations.workers import Workers, start_workers
+from simulations.work.workers import Workers, start_workers
 
 _SYNTHETIC = Path(__file__).parents[1] / "experiments" / "synthetic.toml"
 

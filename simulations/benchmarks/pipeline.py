@@ -36,7 +36,7 @@ from server import checkpoint
 from server.round import lift
 from simulations.benchmarks.federations import Federation, Laps, started
 from simulations.record import provenance
-from simulations.worker import Worker, blocks
+from simulations.work.worker import Worker, blocks
 
 WARMUP = 1
 """Rounds that are not counted: in the first, workers make the parts of the federation."""

@@ -3,7 +3,7 @@
 Each population has a process of its own that does a federation's whole work: a synthetic one with gate, trained rows,
 user store and a checkpoint after each round. They take turns, round by round, so that a busy machine slows all alike.
 
-Memory is what a process holds for itself, see `simulations.memory`.
+Memory is what a process holds for itself, see `simulations.work.memory`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import numpy as np
 from federation.config import RunConfig
 from federation.errors import RunError
 from simulations.benchmarks.federations import Laps, started, synthetic
-from simulations.memory import private_memory
 from simulations.record import provenance
-from simulations.worker import Worker
+from simulations.work.memory import private_memory
+from simulations.work.worker import Worker
 
 WARMUP = 2
 """Rounds that are not counted, of each population."""

@@ -18,8 +18,8 @@ from simulations.benchmarks.peers.naive import add, naive_job
 from simulations.benchmarks.workloads import PROCESSES, ROUND, Task
 from simulations.populations import make_population
 from simulations.setup import Setup, set_up, wrap
-from simulations.worker import Broadcast, Worker, blocks, train_block
-from simulations.workers import Workers
+from simulations.work.worker import Broadcast, Worker, blocks, train_block
+from simulations.work.workers import Workers
 
 Means = Mapping[str, Tensor]
 """Mean difference of each row over the users that train it, (R, d_in + d_out) by section."""

@@ -33,7 +33,7 @@ from simulations.benchmarks.peers.turns import PEERS, Peer, check_installed
 from simulations.benchmarks.sides import Engine, Means, Naive, Side
 from simulations.benchmarks.workloads import PROCESSES, SEED, Workload, task
 from simulations.record import provenance
-from simulations.workers import Workers, start_workers
+from simulations.work.workers import Workers, start_workers
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from simulations.benchmarks.clock import in_turns, one_thread
 from simulations.benchmarks.commands import bench
 from simulations.benchmarks.federations import Laps, synthetic
 from simulations.benchmarks.figures import FIGURES, figures
-from simulations.worker import Worker
+from simulations.work.worker import Worker
 from tests.simulations.tiny import tiny_config
 
 PROVENANCE = {"kind", "command", "commit", "versions", "machine"}

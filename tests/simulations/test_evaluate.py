@@ -42,8 +42,8 @@ from simulations.serve import (
     tune,
 )
 from simulations.setup import Setup
-from simulations.worker import Worker
-from simulations.workers import InProcess
+from simulations.work.worker import Worker
+from simulations.work.workers import InProcess
 from tests import models
 from tests.simulations.tiny import tiny_config
 

@@ -31,11 +31,11 @@ from simulations.federate import (
 )
 from simulations.methods import methods_of
 from simulations.populations.synthetic import SyntheticPopulation
-from simulations.ray_workers import RayWorkers
 from simulations.record import read_record
 from simulations.runs import MAIN, run
-from simulations.worker import Broadcast, Worker, run_chunk
-from simulations.workers import InProcess
+from simulations.work.ray_workers import RayWorkers
+from simulations.work.worker import Broadcast, Worker, run_chunk
+from simulations.work.workers import InProcess
 from tests.simulations.tiny import Interrupt, interrupt_at, simulate, tiny_config, tiny_setup
 
 # -------------------------------------------------------------------------------- who works

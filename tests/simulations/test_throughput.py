@@ -28,8 +28,8 @@ from simulations.benchmarks.throughput import Throughput, engines, measure, rela
 from simulations.benchmarks.workloads import ROUND, WORKLOADS, WorkloadPopulation, task, workload
 from simulations.cli import app
 from simulations.populations import make_population
-from simulations.worker import Broadcast, Worker, train_block
-from simulations.workers import InProcess
+from simulations.work.worker import Broadcast, Worker, train_block
+from simulations.work.workers import InProcess
 
 USERS = 6
 KEYS = ["workload", "naive", "engine_fp32", "engine_bf16", "flower", "pfl", "gemm_share", "max_relative_difference"]

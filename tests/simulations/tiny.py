@@ -10,7 +10,7 @@ from server.checkpoint import checksum
 from simulations.federate import RoundReport, federate, last_checkpoint
 from simulations.populations import make_population
 from simulations.setup import Setup, set_up, wrap
-from simulations.workers import start_workers
+from simulations.work.workers import start_workers
 
 TINY = (
     "population.name=synthetic",

@@ -10,7 +10,7 @@ from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any
 
-from simulations.cluster import PATIENCE_SECONDS, Cluster, nodes_of  # isort: skip (sets what ray reads when imported)
+from simulations.work.cluster import PATIENCE_SECONDS, Cluster, nodes_of  # isort: skip (sets what ray reads when imported)
 
 import ray
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
@@ -19,8 +19,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from federation.config import RunConfig
 from federation.errors import FedquiltWarning, RunError
 from server.tree import fold
-from simulations.placement import Backlog, FileIdentity, Place, Shard, deal, deal_again, resources_of, shards_in
-from simulations.worker import Job, Worker, perform
+from simulations.work.placement import Backlog, FileIdentity, Place, Shard, deal, deal_again, resources_of, shards_in
+from simulations.work.worker import Job, Worker, perform
 
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simulations import memory
-from simulations.memory import largest, private_memory, total
+from simulations.work import memory
+from simulations.work.memory import largest, private_memory, total
 
 TAKEN_MIB = 64
 

@@ -1,6 +1,6 @@
 """Where the work is done: in this process, or in Ray actors. Jobs are given out as workers become free.
 
-The result of a job (see `simulations/worker.py`) stays where it was made until it is folded; the report comes here.
+The result of a job (see `simulations/work/worker.py`) stays where it was made until it is folded; the report comes here.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from federation.config import ComputeConfig, RunConfig
 from federation.errors import FedquiltWarning, RunError
 from server.tree import fold
-from simulations.placement import Shard
-from simulations.worker import Job, Worker, perform
+from simulations.work.placement import Shard
+from simulations.work.worker import Job, Worker, perform
 
 
 class Workers(Protocol):
@@ -90,7 +90,7 @@ def start_workers(config: RunConfig) -> Workers:
     if not config.compute.workers:
         return InProcess(config)
     _warn_of_idle_workers(config)
-    from simulations.ray_workers import RayWorkers
+    from simulations.work.ray_workers import RayWorkers
 
     return RayWorkers(config)
 
@@ -115,7 +115,7 @@ def on_device(config: RunConfig) -> RunConfig:
 def _gpus(compute: ComputeConfig) -> tuple[str, int]:
     """Where the work would be done, and how many GPUs there are."""
     if compute.workers and compute.ray_address is not None:
-        from simulations.cluster import cluster_gpus
+        from simulations.work.cluster import cluster_gpus
 
         return f"the Ray cluster at {compute.ray_address}", cluster_gpus(compute)
     return "torch on this machine", torch.cuda.device_count() if torch.cuda.is_available() else 0

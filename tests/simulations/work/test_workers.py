@@ -12,14 +12,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import simulations.worker
-import simulations.workers
+import simulations.work.worker
+import simulations.work.workers
 from client.round import RoundState
 from federation.config import RunConfig
 from federation.errors import FedquiltWarning, RunError
 from server.checkpoint import checksum
 from simulations.cli import app
-from simulations.devices import CPU, making_tensors_on, moved
 from simulations.evaluate import Evaluation, evaluate
 from simulations.federate import federate, last_checkpoint, load_state
 from simulations.populations import make_population
@@ -27,8 +26,9 @@ from simulations.progress import Silent
 from simulations.record import users_table
 from simulations.runs import run
 from simulations.serve import Trained
-from simulations.worker import halving_blocks
-from simulations.workers import InProcess, on_device, start_workers
+from simulations.work.devices import CPU, making_tensors_on, moved
+from simulations.work.worker import halving_blocks
+from simulations.work.workers import InProcess, on_device, start_workers
 from tests.elsewhere import ELSEWHERE, elsewhere
 from tests.simulations.tiny import simulate, tiny_config, tiny_setup
 
@@ -160,7 +160,7 @@ def test_a_run_whose_blocks_were_halved_trains_everyone_and_is_not_called_identi
 ) -> None:
     config = tiny_config("federation.rounds=3")
     whole = run(config, tmp_path / "whole")
-    real, failed = simulations.worker.local_round, []
+    real, failed = simulations.work.worker.local_round, []
 
     def local_round(model: object, state: RoundState, *others: object) -> object:
         if state.round_index == 2 and not failed:
@@ -168,7 +168,7 @@ def test_a_run_whose_blocks_were_halved_trains_everyone_and_is_not_called_identi
             raise exhausted()
         return real(model, state, *others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(simulations.worker, "local_round", local_round)
+    monkeypatch.setattr(simulations.work.worker, "local_round", local_round)
     halved = run(config, tmp_path / "halved")
     assert (whole.record["bit_identical"], halved.record["bit_identical"]) == (True, False)
     assert halved.record["visits"] == whole.record["visits"]
@@ -192,7 +192,7 @@ def test_workers_in_each_others_way_are_warned_of(
     monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, workers: int, cores: int, words: list[str]
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores))
-    monkeypatch.setattr("simulations.ray_workers.RayWorkers", lambda config: None)
+    monkeypatch.setattr("simulations.work.ray_workers.RayWorkers", lambda config: None)
     start_workers(tiny_config(f"compute.workers={workers}"))
     said = [str(warning.message) for warning in recwarn if warning.category is FedquiltWarning]
     assert len(said) == len(words)

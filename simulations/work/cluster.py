@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from federation.config import ComputeConfig
 from federation.errors import RunError
-from simulations.placement import check_room, described, resources_of
+from simulations.work.placement import check_room, described, resources_of
 
 PATIENCE_SECONDS = 60.0
 """How long we wait for what others on the cluster take up. What it could never hold is refused at once."""

@@ -18,18 +18,18 @@ import ray
 from ray._private.internal_api import free
 from ray.cluster_utils import Cluster as Machines
 
-import simulations.cluster
 import simulations.federate
-import simulations.ray_workers
+import simulations.work.cluster
+import simulations.work.ray_workers
 from federation.config import RunConfig
 from federation.errors import FedquiltWarning, RunError, StoreError
 from server.checkpoint import checksum
-from simulations.cluster import Cluster
 from simulations.federate import RoundReport, federate, last_checkpoint, read_history
-from simulations.placement import Shard
-from simulations.ray_workers import RayWorkers
-from simulations.worker import ChunkReport, Worker, run_chunk
-from simulations.workers import on_device
+from simulations.work.cluster import Cluster
+from simulations.work.placement import Shard
+from simulations.work.ray_workers import RayWorkers
+from simulations.work.worker import ChunkReport, Worker, run_chunk
+from simulations.work.workers import on_device
 from tests.simulations.tiny import simulate, tiny_config, tiny_setup
 
 MEGABYTE = 1_000_000
@@ -78,7 +78,7 @@ def test_what_the_cluster_cannot_hold_is_refused(machines: Machines, monkeypatch
         RayWorkers(config_on(machines, "compute.workers=4"))
     with Cluster(config_on(machines).compute) as cluster:
         cluster.reserve()
-        monkeypatch.setattr(simulations.cluster, "PATIENCE_SECONDS", 0.5)
+        monkeypatch.setattr(simulations.work.cluster, "PATIENCE_SECONDS", 0.5)
         with pytest.raises(RunError, match=r"2 workers need 1 CPU each, the cluster had 1 CPU left for 0\.5 s"):
             cluster.reserve()
         with pytest.raises(RunError, match="this process is connected already"):
@@ -169,7 +169,7 @@ def test_a_job_that_fails_or_kills_its_workers_ends_the_run_with_words_and_resum
         if report.round_index == 3:
             monkeypatch.setattr(simulations.federate, "run_chunk", kill_oneself)
 
-    monkeypatch.setattr(simulations.ray_workers, "ATTEMPTS", 1)
+    monkeypatch.setattr(simulations.work.ray_workers, "ATTEMPTS", 1)
     with pytest.raises(RunError, match=r"worker \d died in job \d of 3, as 0 before it .*nothing .* is lost.*--resume"):
         federate(tiny_setup(tiny_config()), workers, range(60), tmp_path, False, from_now_on_kill)
     monkeypatch.undo()
