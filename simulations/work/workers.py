@@ -1,6 +1,6 @@
 """Where the work is done: in this process, or in Ray actors. Jobs are given out as workers become free.
 
-The result of a job (see `simulations/work/worker.py`) stays where it was made until it is folded; the report comes here.
+The result of a job (see `worker.py`) stays where it was made until it is folded; the report comes here.
 """
 
 from __future__ import annotations
