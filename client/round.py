@@ -121,6 +121,7 @@ def _choose(
         return _Choice(distribution_of(gain_ug, modules, gate).mode())
     gate_state = GateState(model.features(data.support), users.embedding_ue, gain_ug, share)
     logits_ug = gate_spec(model, gate).logits(state.values[GATE_SECTION], gate_state)
+    logits_ug = logits_ug.nan_to_num(0.0, 0.0, 0.0)  # of a user whose data overflow: admission refuses what they send
     distribution = distribution_of(logits_ug, modules, gate)
     masks_ukg, log_weight_uk = explored(
         distribution,
@@ -149,7 +150,9 @@ def _gate_update(
     gradient, embedding_gradient = spec.vjp(values[GATE_SECTION], sampled.state, gamma_ug)
     section = Section(ids, torch.ones(count, 1, dtype=torch.bool), gradient[:, None])
     metrics = {"reward": reward_uk.mean(1), "reward_spread": reward_uk.std(1)}
-    return section, users.embedding_ue + gate.embedding_rate * embedding_gradient, metrics
+    moved_ue = users.embedding_ue + gate.embedding_rate * embedding_gradient
+    kept_ue = torch.where(moved_ue.isfinite().all(1, keepdim=True), moved_ue, users.embedding_ue)
+    return section, kept_ue, metrics
 
 
 @torch.no_grad()

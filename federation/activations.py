@@ -31,9 +31,9 @@ class _TanhGelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         flat = x.contiguous().view(-1)
         value, derivative = torch.empty_like(flat), torch.empty_like(flat)
-        compute = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
-        linear = torch.tensor(_LINEAR, dtype=compute)
-        scratch = torch.empty(2, min(_TILE, len(flat)), dtype=compute)
+        compute = torch.promote_types(x.dtype, torch.float32)
+        linear = flat.new_tensor(_LINEAR, dtype=compute)
+        scratch = flat.new_empty(2, min(_TILE, len(flat)), dtype=compute)
         for tile, value_out, derivative_out in zip(*(torch.split(t, _TILE) for t in (flat, value, derivative))):
             at = tile.to(compute)
             slope, s = scratch[:, : len(at)]

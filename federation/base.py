@@ -64,10 +64,14 @@ def causal_lm_features(module: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def causal_lm(name_or_path: str | Path, target_modules: tuple[str, ...], **from_pretrained: Any) -> BaseModel:
-    """A causal language model from a local path or a hub name, through transformers' `from_pretrained`."""
+    """A causal language model from a local path or a hub name, through transformers' `from_pretrained`.
+
+    In float32 unless another dtype is asked for, in whatever precision it was saved.
+    """
     from transformers import AutoModelForCausalLM
 
-    module = frozen(AutoModelForCausalLM.from_pretrained(name_or_path, **from_pretrained))
+    options = {"dtype": torch.float32, **from_pretrained}
+    module = frozen(AutoModelForCausalLM.from_pretrained(name_or_path, **options))
     return causal_lm_base(module, target_modules, str(name_or_path))
 
 

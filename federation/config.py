@@ -155,7 +155,7 @@ class ComputeConfig(Settings):
     workers: int = Field(2, ge=0, description="Ray worker processes; 0 works in this process")
     block: PositiveInt = Field(16, description="users trained in one stacked computation (U)")
     device: Literal["cpu", "cuda", "auto"] = Field("cpu", description="auto: cuda where there is one")
-    devices_per_worker: PositiveFloat = Field(1.0, description="GPUs of a worker; 0.5: two workers share one")
+    devices_per_worker: float = Field(1.0, gt=0, le=1, description="GPUs of a worker; 0.5: two workers share one")
     ray_address: str | None = Field(None, description="a running Ray cluster to work on; a local one by default")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of forward and backward; rows stay fp32")
 
@@ -198,6 +198,13 @@ class RunConfig(Settings):
         if self.gate.policy != "all" and self.gate.budget > self.pool.rank:
             raise ValueError(f"gate.budget ({self.gate.budget}) cannot exceed pool.rank ({self.pool.rank}); lower it")
         return self
+
+
+FREE_SETTINGS: Mapping[str, set[str]] = {
+    "federation": {"checkpoint_every"},
+    "compute": {"workers", "devices_per_worker", "ray_address"},
+}
+"""Settings that decide no bits: who works, and how often is saved. A run may resume with others."""
 
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:

@@ -70,4 +70,4 @@ class RunError(FedquiltError):
 
 
 class FedquiltWarning(UserWarning):
-    """What a run goes on without, and should be known."""
+    """Something that the user should know, though the run goes on."""

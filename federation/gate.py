@@ -115,8 +115,12 @@ class GateSpec:
         """Views of phi, (|phi|,) or (1, |phi|), by name. Raises PoolError when phi is another gate's."""
         if phi.numel() != self.size:
             raise PoolError(f"this gate has {self.size} parameters, got {phi.numel()}; was it made for another pool?")
-        pieces = torch.split(phi.reshape(-1), [math.prod(shape) for shape in self.shapes.values()])
-        return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces)}
+        return self._views(phi.reshape(-1))
+
+    def _views(self, phi: Tensor) -> Parts:
+        """Views of (.., |phi|) by name, (.., *shape) each."""
+        pieces = torch.split(phi, [math.prod(shape) for shape in self.shapes.values()], -1)
+        return {name: piece.view(*phi.shape[:-1], *shape) for (name, shape), piece in zip(self.shapes.items(), pieces)}
 
     def init(self, generator: torch.Generator) -> Tensor:
         """Fresh parameters (1, |phi|) of a gate that is exactly alpha * standardised gain."""
@@ -142,8 +146,7 @@ class GateSpec:
 
         Shapes: gamma_ug (U, G); results d phi (U, |phi|) and d embedding (U, E).
         """
-
-        parts, alpha = self.parts(phi), self.parts(phi)["log_alpha"].exp()
+        parts = self.parts(phi)
         inputs_ui = self._inputs(state)
         hidden = self._hidden(parts, inputs_ui)
         gamma_ujr = gamma_ug.view(len(gamma_ug), self.modules, self.rank)
@@ -153,8 +156,7 @@ class GateSpec:
 
         # Each part is written where it lies in phi: a user's gradient is |phi| numbers, so copies would cost the most.
         d_phi = gamma_ug.new_empty(len(gamma_ug), self.size)
-        pieces = torch.split(d_phi, [math.prod(shape) for shape in self.shapes.values()], 1)
-        out = {name: piece.view(len(d_phi), *shape) for (name, shape), piece in zip(self.shapes.items(), pieces)}
+        out = self._views(d_phi)
         torch.mul(d_sum_uh[:, :, None], inputs_ui[:, None], out=out["input_weight"])
         out["input_bias"].copy_(d_sum_uh)
         torch.mul(d_output_ud[:, :, None], hidden.value_uh[:, None], out=out["output_weight"])
@@ -163,7 +165,7 @@ class GateSpec:
         factored_ujd = hidden.output_ud[:, None] * parts["module_factor"]
         out["rank_factor"].copy_(gamma_ujr.transpose(1, 2) @ factored_ujd)
         paired_u1 = (standardise(state.gain_ug, self.modules) * gamma_ug).sum(1, keepdim=True)
-        torch.mul(alpha, paired_u1, out=out["log_alpha"])
+        torch.mul(parts["log_alpha"].exp(), paired_u1, out=out["log_alpha"])
         d_inputs_ui = d_sum_uh @ parts["input_weight"]
         return d_phi, d_inputs_ui[:, self.feature_width + 1 :]
 

@@ -15,7 +15,6 @@ import numpy.typing as npt
 from federation.splitmix import mixed
 from federation.streams import Streams
 
-MAX_COUNT = 2**62
 ROUNDS = 8
 """Four make a random permutation in theory (Luby and Rackoff, 1988), of large domains; small ones need more, as the
 eight of NIST's FF3."""
@@ -24,8 +23,7 @@ eight of NIST's FF3."""
 def permuted(positions: npt.NDArray[np.int64], count: int, streams: Streams) -> npt.NDArray[np.int64]:
     """The images of `positions` under the permutation of 0 .. count-1 that `streams` names.
 
-    Shapes: positions (K,), each below `count`, result (K,). Costs O(K), about 0.1 us each, whatever the count.
-    count: up to 2**62.
+    Shapes: positions (K,), each below `count`, result (K,). Costs O(K), whatever the count.
     """
     base = np.uint64(isqrt(max(count, 1) - 1) + 1)
     words = streams.bits("permutation", np.arange(ROUNDS), 2).astype(np.uint64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from client.store import shard_of
 from federation.config import RunConfig
 from federation.data.population import as_array
 from federation.streams import UserIds
@@ -25,14 +27,15 @@ _READ_USERS = 1 << 14
 class Visits:
     """Of the users who took part.
 
-    users: how many there are. visits: how often they took part, as the store counts.
-    mismatched: users whose visits are not the number of their cohorts: none, unless a shard was lost.
+    users: how many of them the store knows. visits: how often they took part, as the store counts.
+    rebuilt: by shard, the users who began anew, since the store counts fewer visits of theirs than they were drawn
+    for: there are none, unless a shard was damaged or lost.
     checksum: SHA-256 of all ids and states, by shard and id. Equal for equal stores, whoever wrote them.
     """
 
     users: int
     visits: int
-    mismatched: int
+    rebuilt: Mapping[int, int]
     checksum: str
 
 
@@ -69,15 +72,17 @@ def visits_of_shard(
 ) -> tuple[None, Visits]:
     """The visits of one shard's users, of whom each was drawn so often in so many rounds."""
     store = worker.store(worker.setup(config), store_folder)
-    digest, visits, mismatched = hashlib.sha256(), 0, 0
+    digest, known, visits, rebuilt = hashlib.sha256(), 0, 0, 0
     for part in blocks(len(user_ids), _READ_USERS):
-        users = mended(store, partial(store.read, user_ids[part], rounds + 1))
+        users, _ = mended(store, partial(store.read, user_ids[part], rounds + 1))
         visits_u = users.visits_u.numpy()
+        known += int((visits_u > 0).sum())
         visits += int(visits_u.sum())
-        mismatched += int((visits_u != drawn_u[part]).sum())
+        rebuilt += int((visits_u < drawn_u[part]).sum())
         for column in (users.ids, visits_u, users.mask_ub.numpy(), users.embedding_ue.numpy()):
             digest.update(np.ascontiguousarray(column).data)
-    return None, Visits(len(user_ids), visits, mismatched, digest.hexdigest())
+    shard = int(shard_of(user_ids[:1], store.shards)[0])
+    return None, Visits(known, visits, {shard: rebuilt} if rebuilt else {}, digest.hexdigest())
 
 
 def disk_bytes_per_user(worker: Worker, config: RunConfig, store_folder: Path) -> tuple[None, float]:
@@ -89,6 +94,6 @@ def _together(parts: list[Visits]) -> Visits:
     return Visits(
         users=sum(part.users for part in parts),
         visits=sum(part.visits for part in parts),
-        mismatched=sum(part.mismatched for part in parts),
+        rebuilt={shard: users for part in parts for shard, users in part.rebuilt.items()},
         checksum=hashlib.sha256("".join(part.checksum for part in parts).encode()).hexdigest(),
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from federation.config import FREE_SETTINGS
 from federation.errors import RunError
 from simulations.statistics import Floats, Groups, Interval, bootstrap, clustered_error
 from simulations.tables import (
@@ -35,9 +36,8 @@ _NOT_A_SETTING = (
     "seed",
     "name",
     "kind",
-    "compute.workers",
-    "federation.checkpoint_every",
     "evaluate.methods",
+    *(f"{section}.{key}" for section, keys in FREE_SETTINGS.items() for key in keys),
 )
 
 

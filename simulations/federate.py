@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,9 +16,9 @@ import numpy as np
 
 from client.round import RoundState
 from client.store import UserStore, shard_of
-from federation.config import RunConfig
+from federation.config import FREE_SETTINGS, RunConfig
 from federation.data.population import as_array
-from federation.errors import RunError
+from federation.errors import FedquiltWarning, RunError
 from federation.files import write_file
 from federation.streams import UserIds
 from server import checkpoint
@@ -29,7 +30,6 @@ from simulations.work.placement import Shard
 from simulations.work.worker import Broadcast, ChunkReport, merge_reports, run_chunk, run_on_store
 from simulations.work.workers import Workers
 
-_WHO_WORKS = {"workers", "devices_per_worker", "ray_address"}
 HISTORY_NAME = "rounds.jsonl"
 CHECKPOINTS_NAME = "checkpoints"
 STORE_NAME = "users"
@@ -43,7 +43,7 @@ class RoundReport:
     private_mib: the most memory that driver and workers held for themselves, together (see `memory`).
     object_store_mib: what lay in the workers' shared memory at the end.
     halved_blocks: how many blocks were trained in halves for want of memory; then the bits are others.
-    rebuilt: by shard of the user store that was damaged, how many users began anew; then the bits are others too.
+    rebuilt: the shards of the user store that were found damaged: their users began anew; then the bits are others too.
     replaced_workers: how many died and were replaced; the bits are the same.
     """
 
@@ -55,7 +55,7 @@ class RoundReport:
     private_mib: float | None
     object_store_mib: float
     halved_blocks: int
-    rebuilt: Mapping[int, int]
+    rebuilt: tuple[int, ...]
     replaced_workers: int
 
     @property
@@ -166,12 +166,14 @@ def _one_round(
     jobs = [(broadcast, setup.config, users_folder, chunk) for chunk in chunks]
     shards = shards_of(chunks, users_folder, setup.config.federation.shards)
     finished = {position: (partial, report) for position, partial, report in workers.run(run_chunk, jobs, shards)}
-    in_order = [finished[position] for position in range(len(jobs))]
-    partial = workers.fold([partial for partial, _ in in_order], setup.rules.strategy.merge)
+    partials = [finished[position][0] for position in range(len(jobs))]
+    reports = {position: finished[position][1] for position in range(len(jobs))}
+    partial = workers.fold(partials, setup.rules.strategy.merge, reports.__setitem__)
     object_store_mib = workers.object_store_mib()
     trained = setup.config.local.factors(state.round_index + 1)
     frozen = {"down", "up"} - set(trained)
-    report = merge_reports([report for _, report in in_order])
+    report = merge_reports(list(reports.values()))
+    _warn_of_rebuilt(report.rebuilt, users_folder)
     return close(state, partial, setup.rules, frozen), report, object_store_mib
 
 
@@ -210,7 +212,17 @@ def _on_store(
     workers: Workers, setup: Setup, folder: Path, action: Callable[[UserStore, int], None], round_index: int
 ) -> None:
     """Runs a method of the user store on a worker of each node: a process may open a shard once only."""
-    workers.on_every_node(run_on_store, setup.config, folder, action, round_index)
+    for rebuilt in workers.on_every_node(run_on_store, setup.config, folder, action, round_index):
+        _warn_of_rebuilt(rebuilt, folder)
+
+
+def _warn_of_rebuilt(shards: Sequence[int], folder: Path) -> None:
+    for shard in shards:
+        warnings.warn(
+            f"shard {shard} of {folder} was damaged and is now shard-{shard:04d}.damaged-*; its users begin anew",
+            FedquiltWarning,
+            stacklevel=2,
+        )
 
 
 def _last_state(setup: Setup, checkpoints: Path, started_as: Mapping[str, Any]) -> ServerState | None:
@@ -238,11 +250,5 @@ def _fingerprint(train_users: range | UserIds) -> str:
 
 def identity(config: RunConfig) -> dict[str, Any]:
     """The part of a configuration that decides the bits: not who works, nor what is measured afterwards."""
-    free: Any = {
-        "name": True,
-        "kind": True,
-        "evaluate": True,
-        "federation": {"checkpoint_every"},
-        "compute": _WHO_WORKS,
-    }
+    free: Any = {"name": True, "kind": True, "evaluate": True, **FREE_SETTINGS}
     return config.model_dump(mode="json", exclude=free)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from federation.config import RunConfig, load_config
+from federation.config import FREE_SETTINGS, RunConfig, load_config, parse
 from federation.errors import ConfigError, RunError
 from simulations.comparison import MeasuredRun, Setting, compare
 from simulations.progress import Progress
 from simulations.record import RECORD_NAME, USERS_NAME, paired, provenance, read_record, write_json
 from simulations.runs import CONFIG_NAME, run
+from simulations.work.workers import on_device
 
 SWEEP_NAME = "sweep.json"
 
@@ -78,7 +79,7 @@ def is_finished(trial: Trial, out: Path) -> bool:
     folder = out / trial.name
     if not ((folder / RECORD_NAME).exists() and (folder / USERS_NAME).exists()):
         return False
-    if _deciding(read_record(folder)["config"]) != _deciding(trial.config.model_dump(mode="json")):
+    if _deciding(parse(RunConfig, read_record(folder)["config"])) != _deciding(on_device(trial.config)):
         raise RunError(f"{folder} holds a run of another configuration; give another --out, or remove it")
     return True
 
@@ -145,7 +146,6 @@ def _file_name(text: str) -> str:
     return re.sub(r"[^\w.=+-]+", "_", text)
 
 
-def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a record: all of a configuration but who works, and how often it is saved."""
-    federation = {k: v for k, v in config["federation"].items() if k not in ("workers", "checkpoint_every")}
-    return {**config, "federation": federation}
+def _deciding(config: RunConfig) -> dict[str, Any]:
+    """What decides a record."""
+    return config.model_dump(mode="json", exclude=dict(FREE_SETTINGS))

@@ -15,7 +15,8 @@ class StackedLowRank(torch.autograd.Function):
     Shapes: x (U, n, d_in), weight (d_in, d_out), bias (d_out,) or None, rows (U, k, d_in + d_out), y (U, n, d_out).
     base: x W + b, if it is known already (it is left as it is), else None.
 
-    x and the weight may be bfloat16; rows and their gradient stay as they come, float32.
+    x and the weight may be bfloat16: then the rows are rounded for the products, whose sums are of float32. The rows
+    themselves stay float32, and so does the sum of their gradients over steps.
     Against plain autograd it saves the base's weight gradient and two temporaries per call. Its backward reads
     saved tensors as constants, so a second backward would be wrong: it is refused (`once_differentiable`).
     """
@@ -29,8 +30,9 @@ class StackedLowRank(torch.autograd.Function):
         down, up = used[..., :d_in], used[..., d_in:]
         hidden = torch.bmm(x, down.transpose(1, 2))
         if base is None:
-            y = frozen_linear(x.reshape(users * tokens, d_in), weight, bias).view(users, tokens, -1)
-            y.baddbmm_(hidden, up, alpha=scale)
+            flat = x.reshape(users * tokens, d_in)
+            y = torch.mm(flat, weight) if bias is None else torch.addmm(bias, flat, weight)
+            y = y.view(users, tokens, -1).baddbmm_(hidden, up, alpha=scale)
         else:
             y = torch.baddbmm(base, hidden, up, alpha=scale)
         ctx.save_for_backward(x, weight, used, hidden)
@@ -49,7 +51,8 @@ class StackedLowRank(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             d_rows = torch.empty_like(rows, dtype=ctx.rows_dtype)
             d_rows[..., :d_in] = torch.bmm(d_hidden.transpose(1, 2), x)
-            d_rows[..., d_in:] = torch.bmm(hidden.transpose(1, 2), dy).mul_(ctx.scale)
+            d_rows[..., d_in:] = torch.bmm(hidden.transpose(1, 2), dy)
+            d_rows[..., d_in:].mul_(ctx.scale)
         if ctx.needs_input_grad[0]:
             d_x = torch.mm(dy.view(users * tokens, -1), weight.t()).view(users, tokens, d_in)
             d_x.baddbmm_(d_hidden, down)
@@ -61,11 +64,6 @@ def stacked_low_rank(
 ) -> Tensor:
     """`StackedLowRank`, with types."""
     return StackedLowRank.apply(x, weight, bias, rows, scale, base)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W + b: (n, d_in), (d_in, d_out), (d_out,) or None -> (n, d_out)."""
-    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
 
 def gated_low_rank(x: Tensor, y: Tensor, rows: Tensor, gates_ur: Tensor, scale: float) -> Tensor:

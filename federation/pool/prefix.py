@@ -3,6 +3,9 @@
 A user's steps often see the same batch again. Of a model's maximal submodules without adapted layers, those whose
 inputs need no gradient are then the same function of the same data: their outputs are kept for as long as the batch.
 With the upper half of a model adapted, that is half of every forward pass.
+
+A limit: what carries no gradient though it follows from adapted layers, such as the expert that a router picks, would
+be taken for data. Adapt such models with a new batch for every step (`local.batches` at its default).
 """
 
 from __future__ import annotations
@@ -49,18 +52,22 @@ class Prefix:
         return output
 
 
+_PLAIN = (Tensor, bool, int, float, str, torch.dtype, torch.device)
 _IN_FORCE: ContextVar[Prefix | None] = ContextVar("fedquilt_prefix", default=None)
 
 
 def prefix_of(*inputs: Any) -> Prefix | None:
     """The prefix in force, for a computation on these inputs; None when they depend on rows that are trained.
 
-    Without gradients that cannot be told, so then there is none.
+    Without gradients that cannot be told, so then there is none; nor for objects that may hold tensors unseen.
     """
-    if not torch.is_grad_enabled():
+    prefix = _IN_FORCE.get()
+    if prefix is None or not torch.is_grad_enabled():
         return None
-    trained = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(inputs))
-    return None if trained else _IN_FORCE.get()
+    leaves = tree_leaves(inputs)
+    known = all(leaf is None or isinstance(leaf, _PLAIN) for leaf in leaves)
+    trained = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+    return prefix if known and not trained else None
 
 
 def remember_frozen(module: nn.Module, adapted: type[nn.Module], name: str = "") -> None:
@@ -70,7 +77,7 @@ def remember_frozen(module: nn.Module, adapted: type[nn.Module], name: str = "")
     if any(isinstance(m, adapted) for m in module.modules()):
         for child_name, child in module.named_children():
             remember_frozen(child, adapted, f"{name}.{child_name}")
-    else:
+    elif "forward" not in vars(module):  # else someone's hook is there, and is left alone
         module.forward = MethodType(_remembering(name), module)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -114,6 +115,26 @@ def test_stacked_sgd_equals_torch_sgd_user_by_user(make: MakeBase, factors: Sequ
         for m, row in zip(model.spec.modules, plain, strict=True):
             moved = row - start[m.section][u]
             assert_relative(trained[m.section][u] - start[m.section][u], moved, 1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+@pytest.mark.parametrize("targets", [None, ("2", "c_fc")])
+@pytest.mark.parametrize("make", [models.gpt2, models.mlp])
+def test_steps_take_few_batches_in_turn(make: MakeBase, targets: tuple[str, ...] | None, steps: int) -> None:
+    """Also with the last layers alone adapted, so that the frozen prefix is remembered from turn to turn."""
+    base = make()
+    adapted = base.target_modules if targets is None else tuple(t for t in targets if t in base.target_modules)
+    model = PooledModel.around(replace(base, target_modules=adapted), RANK, SCALE)
+    start = random_rows(model, USERS, 2)
+    batch = models.batch_for(model.base, USERS, 4)
+    windows = [batch.window(i, i + 2) for i in (0, 2)]
+    trained, _ = sgd(model, start, windows, steps, 0.5, BOTH)
+    for u in range(USERS):
+        rows = {m.name: start[m.section][u] for m in model.spec.modules}
+        examples = [(windows[i % 2].inputs[u], windows[i % 2].targets[u]) for i in range(steps)]
+        plain, _ = plain_sgd(lambda: replace(make(), target_modules=adapted), rows, examples, 0.5, BOTH)
+        for m, row in zip(model.spec.modules, plain, strict=True):
+            assert_relative(trained[m.section][u] - start[m.section][u], row - start[m.section][u], 1e-5)
 
 
 @pytest.mark.parametrize("factor", BOTH)

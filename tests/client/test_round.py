@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -285,6 +286,21 @@ def test_the_server_admits_what_a_round_sends(policy: str) -> None:
             assert torch.equal(sent(admitted, section, u)[1], sent(update, section, u)[1])
 
 
+@pytest.mark.parametrize("policy", ["gate", "gate, Bernoulli", "saliency"])
+@pytest.mark.parametrize("number", [math.nan, math.inf, 1e38])
+def test_a_user_whose_numbers_overflow_harms_nobody_and_keeps_a_finite_embedding(policy: str, number: float) -> None:
+    case, bad = case_of(models.mlp, POLICIES[policy]), 1
+    for batch in (case.data.support, case.data.query):
+        batch.inputs[bad] = number
+    update, users = case.run()
+    schema = schema_of(case.model.spec, gate_spec(case.model, case.rule.gate), case.rule.gate)
+    refused = set(admit(update, schema, Limits())[1].reasons)
+    assert refused == {bad} if math.isnan(number) else refused <= {bad}  # a tanh may save who is merely too large
+    assert users.embedding_ue.isfinite().all()
+    for u in set(range(len(IDS))) - {bad}:
+        assert_same_round(update, users, u, *case.only(u).run())
+
+
 # -------------------------------------------------------------------------------- state
 
 
@@ -325,12 +341,16 @@ def test_alternate_training_moves_one_factor_per_round() -> None:
 # -------------------------------------------------------------------------------- data
 
 
-@pytest.mark.parametrize(("steps", "gain_examples", "wanted"), [(2, 4, 6), (1, 4, 4)])
-def test_a_round_draws_what_it_needs_and_draws_it_again_alike(steps: int, gain_examples: int, wanted: int) -> None:
+@pytest.mark.parametrize(
+    ("steps", "batches", "gain_examples", "wanted"), [(2, None, 4, 6), (1, None, 4, 4), (5, 2, 4, 6), (2, 3, 1, 6)]
+)
+def test_a_round_draws_what_it_needs_and_draws_it_again_alike(
+    steps: int, batches: int | None, gain_examples: int, wanted: int
+) -> None:
     base = models.mlp()
     support, query = models.batch_for(base, 9, 30, 1), models.batch_for(base, 9, 20, 2)
     population = InMemory(base, {"support": support, "query": query})
-    rule = case_of(models.mlp, {}, steps=steps, gain_examples=gain_examples).rule
+    rule = case_of(models.mlp, {}, steps=steps, batches=batches, gain_examples=gain_examples).rule
     ids = np.array([1, 7, 4])
     data = round_data(population, ids, rule, STREAMS)
     assert data.support.weight.shape == (3, wanted)
