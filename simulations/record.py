@@ -26,7 +26,7 @@ from simulations.statistics import Floats, Groups, bootstrap, clustered_error
 
 RECORD_NAME = "record.json"
 USERS_NAME = "evaluation.json"
-_PACKAGES = ("fedquilt", "torch", "transformers", "peft", "flwr", "ray", "numpy", "lmdb", "safetensors")
+_PACKAGES = ("fedquilt", "torch", "transformers", "peft", "flwr", "ray", "pfl", "numpy", "lmdb", "safetensors")
 
 
 def provenance() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import socket
 from types import TracebackType
 from typing import Any
@@ -43,13 +44,17 @@ class Cluster:
         }
         if compute.ray_address is not None:
             _check_answers(compute.ray_address)
-        ray.init(
-            address=compute.ray_address or "local",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=False,
-            **({} if compute.ray_address else own),
-        )
+        try:
+            ray.init(
+                address=compute.ray_address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+                **({} if compute.ray_address else own),
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            ray.shutdown()
+            raise RunError(_no_cluster(compute.ray_address, error)) from error
 
     @property
     def gpus(self) -> int:
@@ -122,6 +127,18 @@ def _check_answers(address: str) -> None:
             f"compute.ray_address is HOST:PORT of a running Ray cluster, {address!r} does not answer ({error}); "
             "start one with `ray start --head`, or leave the address out"
         ) from error
+
+
+def _no_cluster(address: str | None, error: Exception) -> str:
+    if address is None:
+        return (
+            f"workers are processes of Ray, Ray {ray.__version__} does not start on this machine ({error}); see that "
+            "there is room in memory, /dev/shm and /tmp, or set compute.workers to 0 to work in this process"
+        )
+    return (
+        f"Ray {ray.__version__} on Python {platform.python_version()} cannot join the cluster at {address} ({error}); "
+        f"see `ray status --address {address}`, and install the cluster's versions of both"
+    )
 
 
 def _free(needed: dict[str, float]) -> str:

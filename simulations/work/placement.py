@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 from federation.config import ComputeConfig
-from federation.errors import ConfigError, RunError
+from federation.errors import RunError
 
 Resources = Mapping[str, float]
 """Amounts by Ray's name of a resource, such as {"CPU": 1, "GPU": 0.5}."""
@@ -43,16 +43,8 @@ class Place:
 
 
 def resources_of(compute: ComputeConfig) -> dict[str, float]:
-    """What each worker needs of its node. Raises ConfigError for a number of GPUs that no worker can have."""
-    if compute.device == "cpu":
-        return {"CPU": 1.0}
-    share = compute.devices_per_worker
-    if share > 1 and share != int(share):
-        raise ConfigError(
-            f"compute.devices_per_worker is a share of one GPU or a whole number of them, got {share:g}; "
-            f"give {int(share)} or {int(share) + 1}"
-        )
-    return {"CPU": 1.0, "GPU": share}
+    """What each worker needs of its node: a core, and the GPU that it works on or a share of it."""
+    return {"CPU": 1.0} if compute.device == "cpu" else {"CPU": 1.0, "GPU": compute.devices_per_worker}
 
 
 def room(needed: Resources, nodes: Sequence[Resources]) -> int:
@@ -89,8 +81,8 @@ def shards_in(store_folder: Path) -> dict[int, FileIdentity]:
 def deal(shards: int, found: Mapping[str, Mapping[int, FileIdentity]], workers: Mapping[str, int]) -> dict[int, str]:
     """The node that owns each shard: the one that has it; those that no node has are dealt out by number of workers.
 
-    found: what each node has, by `shards_in`. workers: how many each node has. Nodes that see the same files, by a
-    shared file system, share those shards out.
+    found: what each node has, by `shards_in`. workers: how many each node has. Nodes that see the same files, those of
+    one machine, share those shards out.
 
     Raises RunError when several nodes have files of their own for one shard.
     """
@@ -101,7 +93,7 @@ def deal(shards: int, found: Mapping[str, Mapping[int, FileIdentity]], workers: 
         if len({found[node][shard] for node in having}) > 1:
             raise RunError(
                 f"a shard of the users lies on one node, shard {shard} lies on {len(having)} with different files "
-                f"({', '.join(having)}); remove all but the newest, or start these nodes over a shared file system"
+                f"({', '.join(having)}); keep the newest and move the others away"
             )
         owner = min(having or workers, key=lambda node: (load[node] + 1) / workers[node])
         owners[shard], load[owner] = owner, load[owner] + 1

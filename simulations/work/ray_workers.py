@@ -19,24 +19,22 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from federation.config import RunConfig
 from federation.errors import FedquiltWarning, RunError
 from server.tree import fold
+from simulations.work.environment import WORKER_ENVIRONMENT
 from simulations.work.placement import Backlog, FileIdentity, Place, Shard, deal, deal_again, resources_of, shards_in
 from simulations.work.worker import Job, Worker, perform
-
-WORKER_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    # Freed activations stay with the process: 15 page faults a round of workload W2 instead of 129,000, and 5 to 9%
-    # less time on it. More than 64 MiB on top of the heap gained nothing more.
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "MALLOC_TOP_PAD_": str(64 << 20),
-}
-"""Of the worker processes. A process with an environment of its own starts 0.5 s later than one without."""
+from simulations.work.workers import ignore
 
 ATTEMPTS = 3
-"""How often a job, or a start, may end with a dead worker before we give up: it may well be what kills them."""
+"""How often a job, a start or a fold may fail with a dead worker before we give up: it may well be what kills them."""
 
 DEATHS = (RayActorError, NodeDiedError, OutOfMemoryError)
 """What is raised instead of a result when a worker, or its node, is no more."""
+
+FAULTS = (*DEATHS, ObjectLostError)
+"""The same, and when what a worker left with its node is no more."""
+
+SHORT_OF_MEMORY = ("OOM", "out of memory", "memory pressure", "low on memory")
+"""Words of Ray about a worker that it, or the kernel, may have killed for its memory. It cannot always tell."""
 
 
 @dataclass(frozen=True)
@@ -127,24 +125,28 @@ class RayWorkers:
         works = [_Work(job, args, shard) for args, shard in zip(arguments, on, strict=True)]
         yield from self._do(works, [self._home(work.shard) for work in works])
 
-    def on_every_node(self, job: Job, *arguments: Any) -> None:
-        for node in self._living_nodes():  # one after the other: nodes may see the same files
-            for _ in self._do([_Work(job, arguments, None)], [node]):
-                pass
+    def on_every_node(self, job: Job, *arguments: Any) -> list[Any]:
+        nodes = self._living_nodes()  # one after the other: those of one machine see the same files
+        return [report for node in nodes for _, _, report in self._do([_Work(job, arguments, None)], [node])]
 
-    def fold(self, results: Sequence[Any], merge: Callable[[Any, Any], Any]) -> Any:
+    def fold(
+        self, results: Sequence[Any], merge: Callable[[Any, Any], Any], on_redone: Callable[[int, Any], None] = ignore
+    ) -> Any:
         # On the actors, not as Ray tasks: those start processes of their own, which load torch anew (2 s of work each).
         leaves: list[_Made] = list(results)
-        attempts = 0
+        failures = 0
         while True:
             try:
+                if failures:
+                    self._replace_the_dead("merging partials")
+                    for position in self._lost(leaves):
+                        leaves[position], report = self._remade(leaves[position])
+                        on_redone(position, report)
                 return _value(fold([leaf.reference for leaf in leaves], self._merging(merge)))
-            except (*DEATHS, ObjectLostError) as error:
-                attempts += 1
-                if attempts == ATTEMPTS:
+            except FAULTS as error:
+                failures += 1
+                if failures == ATTEMPTS:
                     raise _given_up(f"partials could not be merged in {ATTEMPTS} attempts", error) from error
-            self._replace_the_dead("merging partials")
-            leaves = self._with_lost_remade(leaves)
 
     def object_store_mib(self) -> float:
         return self._cluster.object_store_mib()
@@ -159,7 +161,7 @@ class RayWorkers:
     def _do(self, works: Sequence[_Work], homes: Sequence[str | None]) -> Iterator[tuple[int, _Made, Any]]:
         """Works done on their home nodes by workers as they become free; done again when a worker dies of one."""
         backlog = Backlog(homes)
-        deaths: Counter[int] = Counter()
+        failures: Counter[int] = Counter()
         running: dict[Any, _Running] = {}
         while backlog or running:
             for number in self._free(running):
@@ -175,17 +177,33 @@ class RayWorkers:
                 task = running.pop(done)
                 try:
                     report = _value(done)
-                except DEATHS as error:
-                    deaths[task.position] += 1
-                    self._replace(task.number, f"in job {task.position} of {len(works)}", deaths[task.position], error)
+                except FAULTS as error:
+                    failures[task.position] += 1
+                    self._recover(task, f"job {task.position} of {len(works)}", failures[task.position], error)
                     backlog.put_back(task.position)
                 else:
                     yield task.position, _Made(task.result, works[task.position]), report
 
+    def _recover(self, task: _Running, job: str, failures: int, error: Exception) -> None:
+        """Makes ready to give out a job again: its worker died of it, or its report was lost with the node."""
+        if isinstance(error, DEATHS):
+            self._replace(task.number, f"in {job}", failures, error)
+        elif failures >= ATTEMPTS:
+            raise _given_up(f"the report of {job} was lost {failures} times", error) from error
+
     def _merging(self, merge: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """Merges two references on the workers, in turns."""
-        turns = cycle(self._actors.values())
+        turns = cycle(self._ready())
         return lambda a, b: next(turns).merge.remote(merge, a, b)
+
+    def _ready(self) -> list[Any]:
+        """The actors that have begun; when none has, the first that does. Raises RunError when none ever can."""
+        while not (free := self._free({})):
+            began = self._next({})
+            if began is None:
+                raise _deserted()
+            self._welcome(began)
+        return [self._actors[number] for number in free]
 
     def _free(self, running: Mapping[Any, _Running]) -> list[int]:
         busy = {*self._starting.values(), *(task.number for task in running.values())}
@@ -252,15 +270,16 @@ class RayWorkers:
             except DEATHS as error:
                 self._replace(number, when, 1, error)
 
-    def _with_lost_remade(self, leaves: Sequence[_Made]) -> list[_Made]:
-        """The results; those that were lost with the node that they were made on are made again."""
-        turns = cycle(self._actors.values())
+    def _lost(self, leaves: Sequence[_Made]) -> list[int]:
+        """The positions of results that were lost with the node that they were made on."""
+        turns = cycle(self._ready())
         asked = [next(turns).receive.remote(leaf.reference) for leaf in leaves]
-        return [self._remade(leaf) if _is_lost(answer) else leaf for leaf, answer in zip(leaves, asked, strict=True)]
+        return [position for position, answer in enumerate(asked) if _is_lost(answer)]
 
-    def _remade(self, leaf: _Made) -> _Made:
-        ((_, made, _),) = self._do([leaf.work], [self._home(leaf.work.shard)])
-        return made
+    def _remade(self, leaf: _Made) -> tuple[_Made, Any]:
+        """The result made again, and its report."""
+        ((_, made, report),) = self._do([leaf.work], [self._home(leaf.work.shard)])
+        return made, report
 
     # Which node has whose users
 
@@ -287,7 +306,7 @@ class RayWorkers:
         """Where the works can be done now that their homes have no workers. Raises RunError when nowhere."""
         nodes = list({self._nodes[number] for number in self._free({})})
         if not nodes:
-            raise RunError("no node of the Ray cluster is left to work on; start one and run again with --resume")
+            raise _deserted()
         for folder in {work.shard.store_folder for work in works if work.shard is not None}:
             self._owners[folder] = deal_again(self._owners[folder], self._found(folder, nodes), folder)
         return [self._home(work.shard) for work in works]
@@ -317,8 +336,14 @@ def _is_lost(answer: Any) -> bool:
     return False
 
 
+def _deserted() -> RunError:
+    return RunError("no node of the Ray cluster is left to work on; start one and run again with --resume")
+
+
 def _given_up(what: str, error: Exception) -> RunError:
+    short = isinstance(error, OutOfMemoryError) or any(word in str(error) for word in SHORT_OF_MEMORY)
+    remedy = "; if memory ran out, lower compute.workers, or compute.block in a new run" if short else ""
     return RunError(
-        f"{what} ({error.__class__.__name__}); "
+        f"{what} ({error.__class__.__name__}){remedy}; "
         "nothing that was checkpointed is lost: run the same command with --resume"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ import torch
 
 from client.round import RoundState, local_round, round_data
 from client.state import UserBlock, join
-from client.store import UserStore, shard_of
+from client.store import UserStore
 from federation.config import RunConfig
 from federation.data.population import Batch, Part, Population
 from federation.errors import DamagedShardError, RunError
@@ -49,8 +49,7 @@ class Broadcast:
 class ChunkReport:
     """What the driver learns of a chunk: counts and sums, nothing of a single user; and the memory that it took.
 
-    rebuilt: by shard that takes the place of a damaged one, the users it knew nothing of: their state began anew, their
-    data came from the population as ever. An entry, be it 0, means other bits than an undisturbed run's.
+    rebuilt: the shards that were found damaged and set aside: their users' states begin anew, so the bits are others.
     halved_blocks: how many blocks were of half the size, for want of memory: then sums are taken in another order.
     """
 
@@ -58,7 +57,7 @@ class ChunkReport:
     rejected: dict[str, int]
     metric_sums: dict[str, float]
     memory: Memory
-    rebuilt: Mapping[int, int] = field(default_factory=dict)
+    rebuilt: tuple[int, ...] = ()
     halved_blocks: int = 0
 
 
@@ -83,6 +82,7 @@ class Worker:
         self._model = wrap(config, base)
         self._setups: dict[str, Setup] = {}
         self._stores: dict[Path, UserStore] = {}
+        self._fitting: dict[str, int] = {}
 
     def setup(self, config: RunConfig) -> Setup:
         """The fixed parts of a federation, made once."""
@@ -101,6 +101,14 @@ class Worker:
         if folder not in self._stores:
             self._stores[folder] = UserStore(folder, setup.config.federation.shards, setup.record_layout)
         return self._stores[folder]
+
+    def block_users(self, config: RunConfig) -> int:
+        """How many users of a federation are trained together: as configured, or as many as were found to fit."""
+        return self._fitting.get(config.model_dump_json(), config.compute.block)
+
+    def keep_block_users(self, config: RunConfig, users: int) -> None:
+        """Notes how many fit, so that memory runs out in one chunk and not in each."""
+        self._fitting[config.model_dump_json()] = users
 
     def close(self) -> None:
         """Closes the user stores: LMDB lets a process open a shard once, so a later run could not."""
@@ -121,18 +129,29 @@ def run_chunk(
     setup = worker.setup(config)
     store = worker.store(setup, store_folder)
     round_index = broadcast.state.round_index
-    users = mended(store, lambda: store.read(user_ids, before_round=round_index))
+    users, lost = mended(store, lambda: store.read(user_ids, before_round=round_index))
+    partial, trained, report = train_users(worker, setup, broadcast, users)
+    _, lost_later = mended(store, lambda: store.write(trained, round_index))
+    return partial, replace(report, rebuilt=_united(lost, lost_later))
+
+
+def train_users(
+    worker: Worker, setup: Setup, broadcast: Broadcast, users: UserBlock
+) -> tuple[Any, UserBlock, ChunkReport]:
+    """All of the users, in blocks: their updates as one partial, and their new state."""
     partial, trained, reports = None, [], []
+    most, fitting = setup.config.compute.block, worker.block_users(setup.config)
 
     def train(part: slice) -> tuple[Any, UserBlock, ChunkReport]:
         return train_block(worker, setup, broadcast, users.take(part))
 
-    for (lifted, block, report), halved in halving_blocks(train, len(user_ids), config.compute.block):
+    for (lifted, block, report), size in halving_blocks(train, len(users), fitting, max(1, most // 2)):
         partial = lifted if partial is None else setup.rules.strategy.merge(partial, lifted)
         trained.append(block)
-        reports.append(replace(report, halved_blocks=int(halved)))
-    mended(store, lambda: store.write(join(trained), round_index))
-    return partial, replace(merge_reports(reports), rebuilt=_rebuilt(store, users))
+        reports.append(replace(report, halved_blocks=int(size < most)))
+        if size < fitting:
+            worker.keep_block_users(setup.config, size)
+    return partial, join(trained), merge_reports(reports)
 
 
 def train_block(
@@ -149,34 +168,27 @@ def train_block(
 
 def run_on_store(
     worker: Worker, config: RunConfig, store_folder: Path, action: Callable[[UserStore, int], None], round_index: int
-) -> tuple[None, None]:
-    """Compacts or rewinds the user store."""
+) -> tuple[None, tuple[int, ...]]:
+    """Compacts or rewinds the user store. Reports the shards that were set aside."""
     store = worker.store(worker.setup(config), store_folder)
-    mended(store, lambda: action(store, round_index))
-    return None, None
+    return None, mended(store, lambda: action(store, round_index))[1]
 
 
-def mended(store: UserStore, action: Callable[[], T]) -> T:
-    """What an action on the store gives. A shard found damaged is set aside and the action done again: its users are
-    fresh ones then.
+def mended(store: UserStore, action: Callable[[], T]) -> tuple[T, tuple[int, ...]]:
+    """What an action on the store gives, and the shards that were found damaged: each is set aside and the action done
+    again, its users are fresh ones then.
 
     Raises DamagedShardError when the shard that took its place is damaged too: then the disk is.
     """
-    aside: set[int] = set()
+    aside: tuple[int, ...] = ()
     while True:
         try:
-            return action()
+            return action(), aside
         except DamagedShardError as damage:
             if damage.shard in aside:
                 raise
             store.set_aside(damage.shard)
-            aside.add(damage.shard)
-
-
-def _rebuilt(store: UserStore, users: UserBlock) -> Mapping[int, int]:
-    """As in `ChunkReport`, of one chunk's users as they were read."""
-    shard = int(shard_of(users.ids[:1], store.shards)[0])
-    return {shard: int((users.visits_u == 0).sum())} if store.begun_anew(shard) else {}
+            aside = (*aside, damage.shard)
 
 
 def blocks(count: int, size: int) -> Iterator[slice]:
@@ -184,12 +196,13 @@ def blocks(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def halving_blocks(work: Callable[[slice], T], count: int, size: int) -> Iterator[tuple[T, bool]]:
-    """`work` on consecutive slices of at most `size`, and whether the size has been halved by then.
+def halving_blocks(work: Callable[[slice], T], count: int, size: int, least: int) -> Iterator[tuple[T, int]]:
+    """`work` on consecutive slices of at most `size`, and the size by then.
 
-    Where memory runs out, what is left is done in slices of half the size. Raises RunError where it runs out again.
+    Where memory runs out, what is left is done in slices of half the size. Raises RunError where it runs out in slices
+    of `least`.
     """
-    start, halved = 0, False
+    start = 0
     while start < count:
         part = slice(start, min(start + size, count))
         try:
@@ -197,14 +210,14 @@ def halving_blocks(work: Callable[[slice], T], count: int, size: int) -> Iterato
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            if halved or size == 1:
+            if size <= least:
                 raise RunError(
                     f"a block of users must fit into memory, one of {part.stop - start} does not ({error}); "
                     "lower compute.block in a new run, or compute.workers and resume"
                 ) from error
-            size, halved = size // 2, True
+            size = max(size // 2, least)
         else:
-            yield done, halved
+            yield done, size
             start = part.stop
 
 
@@ -218,22 +231,23 @@ def merge_reports(reports: list[ChunkReport]) -> ChunkReport:
     """Sums of the parts, and the most memory of each process."""
     rejected: dict[str, int] = {}
     sums: dict[str, float] = {}
-    rebuilt: dict[int, int] = {}
     for report in reports:
         for reason, count in report.rejected.items():
             rejected[reason] = rejected.get(reason, 0) + count
         for name, value in report.metric_sums.items():
             sums[name] = sums.get(name, 0.0) + value
-        for shard, users in report.rebuilt.items():
-            rebuilt[shard] = rebuilt.get(shard, 0) + users
     return ChunkReport(
         users=sum(r.users for r in reports),
         rejected=rejected,
         metric_sums=sums,
         memory=largest(r.memory for r in reports),
-        rebuilt=rebuilt,
+        rebuilt=_united(*(r.rebuilt for r in reports)),
         halved_blocks=sum(r.halved_blocks for r in reports),
     )
+
+
+def _united(*shards: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted({shard for part in shards for shard in part}))
 
 
 def _report(update: UpdateBlock, reasons: Mapping[int, str]) -> ChunkReport:

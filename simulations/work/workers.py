@@ -19,6 +19,10 @@ from simulations.work.placement import Shard
 from simulations.work.worker import Job, Worker, perform
 
 
+def ignore(position: int, report: Any) -> None:
+    """Takes no interest in jobs done again."""
+
+
 class Workers(Protocol):
     """Something that runs jobs. replaced: how many workers have died and were replaced."""
 
@@ -37,12 +41,18 @@ class Workers(Protocol):
         """
         ...
 
-    def on_every_node(self, job: Job, *arguments: Any) -> None:
-        """Runs a job once on each node, one after the other."""
+    def on_every_node(self, job: Job, *arguments: Any) -> list[Any]:
+        """The reports of a job that is done once on each node, one after the other."""
         ...
 
-    def fold(self, results: Sequence[Any], merge: Callable[[Any, Any], Any]) -> Any:
-        """All results merged, in their order. Needs handles that `run` gave."""
+    def fold(
+        self, results: Sequence[Any], merge: Callable[[Any, Any], Any], on_redone: Callable[[int, Any], None] = ignore
+    ) -> Any:
+        """All results merged, in their order. Needs handles that `run` gave.
+
+        on_redone: told of each job that was done again, since its result was lost: its place in `results`, and the
+        report that takes the place of its first one.
+        """
         ...
 
     def object_store_mib(self) -> float:
@@ -71,10 +81,12 @@ class InProcess:
             result, report = perform(self._worker, job, *args)
             yield position, result, report
 
-    def on_every_node(self, job: Job, *arguments: Any) -> None:
-        perform(self._worker, job, *arguments)
+    def on_every_node(self, job: Job, *arguments: Any) -> list[Any]:
+        return [perform(self._worker, job, *arguments)[1]]
 
-    def fold(self, results: Sequence[Any], merge: Callable[[Any, Any], Any]) -> Any:
+    def fold(
+        self, results: Sequence[Any], merge: Callable[[Any, Any], Any], on_redone: Callable[[int, Any], None] = ignore
+    ) -> Any:
         return fold(results, merge)
 
     def object_store_mib(self) -> float:
@@ -122,7 +134,7 @@ def _gpus(compute: ComputeConfig) -> tuple[str, int]:
 
 
 def _warn_of_idle_workers(config: RunConfig) -> None:
-    workers, cores, shards = config.compute.workers, len(os.sched_getaffinity(0)), config.federation.shards
+    workers, cores, shards = config.compute.workers, _cores(), config.federation.shards
     if config.compute.ray_address is None and workers > cores:
         warnings.warn(
             f"{workers} workers of one thread share {cores} cores, which is slower than {cores} workers; "
@@ -137,3 +149,10 @@ def _warn_of_idle_workers(config: RunConfig) -> None:
             FedquiltWarning,
             stacklevel=3,
         )
+
+
+def _cores() -> int:
+    """The cores that this process may use; all of them where the system knows no such bound, as macOS."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""A store shard damaged on disk: set aside, its users rebuilt from the population and counted, and the run goes on."""
+"""A store shard damaged on disk: set aside, its users begun anew from the population and named, and the run goes on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from client.round import RoundState
 from client.state import UserBlock
 from client.store import UserStore, shard_of
-from federation.errors import DamagedShardError
+from federation.errors import DamagedShardError, FedquiltWarning
 from simulations.cohorts import draw_cohort
 from simulations.work.worker import Broadcast, ChunkReport, Worker, mended, merge_reports, perform, run_chunk
 from tests.simulations.tiny import Interrupt, interrupt_at, simulate, tiny_config, tiny_setup
@@ -55,7 +55,10 @@ def test_a_run_goes_on_without_a_damaged_shard(undisturbed: str, tmp_path: Path,
     before = states(tmp_path, OTHERS, 5)
     DAMAGE[damage](tmp_path / "users" / f"shard-{DAMAGED:04d}" / "data.mdb")
     seen: list[int] = []
-    simulate(tiny_config(), tmp_path, resume=True, on_round=lambda report: seen.append(report.round_index))
+    with pytest.warns(
+        FedquiltWarning, match=rf"shard {DAMAGED} of .*users .*shard-{DAMAGED:04d}\.damaged-.*begin anew"
+    ):
+        simulate(tiny_config(), tmp_path, resume=True, on_round=lambda report: seen.append(report.round_index))
     assert seen == [5, 6]
     assert [folder.name for folder in (tmp_path / "users").glob("*damaged*")] == [f"shard-{DAMAGED:04d}.damaged-1"]
     assert states(tmp_path, OTHERS, 5).visits_u.tolist() == before.visits_u.tolist()
@@ -72,20 +75,19 @@ def chunk(worker: Worker, folder: Path, round_index: int, users: np.ndarray) -> 
     return report
 
 
-def test_users_rebuilt_are_counted_by_shard_when_they_come_back(tmp_path: Path) -> None:
+def test_a_shard_is_named_once_by_the_chunk_that_finds_it_damaged_whoever_is_in_it(tmp_path: Path) -> None:
     worker = Worker(tiny_config())
-    assert chunk(worker, tmp_path, 1, OURS[:6]).rebuilt == {}
-    assert chunk(worker, tmp_path, 1, OTHERS[:1]).rebuilt == {}
+    assert chunk(worker, tmp_path, 1, OURS[:6]).rebuilt == ()
+    assert chunk(worker, tmp_path, 1, OTHERS[:1]).rebuilt == ()
     overwrite(tmp_path / f"shard-{DAMAGED:04d}" / "data.mdb", 0, bytes(2 * 4096))
     worker.close()
     reports = [
-        chunk(worker, tmp_path, 2, OURS[:4]),
+        chunk(worker, tmp_path, 2, OURS[6:8]),  # who were never there before, and lost nothing
         chunk(worker, tmp_path, 3, OURS[2:6]),
         chunk(worker, tmp_path, 3, OTHERS[:1]),
-        chunk(worker, tmp_path, 4, OURS[:6]),
     ]
-    assert [report.rebuilt for report in reports] == [{DAMAGED: 4}, {DAMAGED: 2}, {}, {DAMAGED: 0}]
-    assert merge_reports(reports).rebuilt == {DAMAGED: 6}
+    assert [report.rebuilt for report in reports] == [(DAMAGED,), (), ()]
+    assert merge_reports(reports).rebuilt == (DAMAGED,)
     worker.close()
 
 
@@ -100,7 +102,7 @@ def test_damage_found_when_writing_keeps_what_was_trained(tmp_path: Path, monkey
         real(store, block, round_index)
 
     monkeypatch.setattr(UserStore, "write", write)
-    assert chunk(worker, tmp_path, 2, OURS[:6]).rebuilt == {DAMAGED: 0}
+    assert chunk(worker, tmp_path, 2, OURS[:6]).rebuilt == (DAMAGED,)
     store = worker.store(worker.setup(tiny_config()), tmp_path)
     assert store.read(OURS[:6], 3).visits_u.tolist() == [2] * 6
     worker.close()

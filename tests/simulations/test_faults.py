@@ -75,7 +75,7 @@ def wait_for_round(child: BaseProcess, folder: Path, round_index: int) -> None:
 
 
 def test_killed_at_three_random_moments_and_resumed_it_ends_with_the_same_checksum(tmp_path: Path) -> None:
-    config, folder, chance = tiny_config("federation.rounds=14"), tmp_path / "killed", random.Random(0)
+    config, folder, chance = tiny_config("federation.rounds=40"), tmp_path / "killed", random.Random(0)
     for round_index in sorted(chance.sample(range(1, 11), 3)):
         child = start(config, folder)
         wait_for_round(child, folder, round_index)
@@ -85,7 +85,7 @@ def test_killed_at_three_random_moments_and_resumed_it_ends_with_the_same_checks
         assert child.exitcode == -signal.SIGKILL
     assert finish(start(config, folder)) == 0
     assert checksum(last_checkpoint(folder / MAIN)) == simulate(config, tmp_path / "undisturbed")
-    assert [line["round_index"] for line in read_history(folder / MAIN)] == [*range(1, 15)]
+    assert [line["round_index"] for line in read_history(folder / MAIN)] == [*range(1, 41)]
 
 
 STEPS: dict[str, tuple[Any, str]] = {
@@ -184,13 +184,12 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process(tmp_path: Path) -> None:
     assert len(processes_with(tag.encode())) > 3
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to all processes of the group
     _, said = child.communicate(timeout=PATIENCE_SECONDS)
-    assert (child.returncode, said) == (130, b"stopped; continue with --resume (a sweep: with the same command)\n")
+    assert (child.returncode, said) == (130, b"stopped; continue with --resume\n")
     while processes_with(tag.encode()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert (
-        rounds(tmp_path / "out" / MAIN / "checkpoints")[-1] == read_history(tmp_path / "out" / MAIN)[-1]["round_index"]
-    )
+    behind = read_history(out / MAIN)[-1]["round_index"] - rounds(out / MAIN / "checkpoints")[-1]
+    assert behind in (0, 1)  # 1: stopped between a round's line and its end
 
 
 # -------------------------------------------------------------------------------- damaged

@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 import simulations.work.worker
 import simulations.work.workers
 from client.round import RoundState
+from client.state import UserBlock
 from federation.config import RunConfig
 from federation.errors import FedquiltWarning, RunError
 from server.checkpoint import checksum
 from simulations.cli import app
 from simulations.evaluate import Evaluation, evaluate
-from simulations.federate import federate, last_checkpoint, load_state
+from simulations.federate import cohort_of, cut, federate, last_checkpoint, load_state, read_history
 from simulations.populations import make_population
 from simulations.progress import Silent
 from simulations.record import users_table
@@ -132,9 +133,9 @@ def test_out_of_memory_the_rest_is_done_in_halves(error: Exception) -> None:
             raise error
         return range(part.start, part.stop)
 
-    done = list(halving_blocks(work, 21, 8))
+    done = list(halving_blocks(work, 21, 8, 4))
     assert tried == [(0, 8), (8, 16), (8, 12), (12, 16), (16, 20), (20, 21)]
-    assert [halved for _, halved in done] == [False, True, True, True, True]
+    assert [size for _, size in done] == [8, 4, 4, 4, 4]
     assert [user for users, _ in done for user in users] == list(range(21))
 
 
@@ -148,11 +149,11 @@ def failing_above(users: int, error: Exception) -> Callable[[slice], None]:
 
 def test_out_of_memory_twice_and_other_errors_are_said() -> None:
     with pytest.raises(RunError, match=r"one of 4 does not \(.*can't allocate memory.*lower compute\.block"):
-        list(halving_blocks(failing_above(3, exhausted()), 16, 8))
+        list(halving_blocks(failing_above(3, exhausted()), 16, 8, 4))
     with pytest.raises(RunError, match="one of 1 does not"):
-        list(halving_blocks(failing_above(0, exhausted()), 3, 1))
+        list(halving_blocks(failing_above(0, exhausted()), 3, 1, 1))
     with pytest.raises(RuntimeError, match=r"^shapes differ$"):
-        list(halving_blocks(failing_above(0, RuntimeError("shapes differ")), 3, 2))
+        list(halving_blocks(failing_above(0, RuntimeError("shapes differ")), 3, 2, 1))
 
 
 def test_a_run_whose_blocks_were_halved_trains_everyone_and_is_not_called_identical(
@@ -162,14 +163,19 @@ def test_a_run_whose_blocks_were_halved_trains_everyone_and_is_not_called_identi
     whole = run(config, tmp_path / "whole")
     real, failed = simulations.work.worker.local_round, []
 
-    def local_round(model: object, state: RoundState, *others: object) -> object:
-        if state.round_index == 2 and not failed:
+    def local_round(model: object, state: RoundState, users: UserBlock, *others: object) -> object:
+        if state.round_index >= 2 and len(users) > 2:
             failed.append(state.round_index)
             raise exhausted()
-        return real(model, state, *others)  # type: ignore[arg-type]
+        return real(model, state, users, *others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(simulations.work.worker, "local_round", local_round)
     halved = run(config, tmp_path / "halved")
+    assert failed == [2]  # a size that does not fit is not tried again
+    setup = tiny_setup(config)
+    parts = [len(part) for part in cut(cohort_of(setup, range(60), 3), config.federation.shards)]
+    halves = [line["halved_blocks"] for line in read_history(tmp_path / "halved" / "pool")]
+    assert (halves[0], halves[1] > 1, halves[2]) == (0, True, sum(-(-users // 2) for users in parts))
     assert (whole.record["bit_identical"], halved.record["bit_identical"]) == (True, False)
     assert halved.record["visits"] == whole.record["visits"]
     for name, rows in load_state(tiny_setup(config), tmp_path / "whole" / "pool").values.items():
@@ -198,6 +204,16 @@ def test_workers_in_each_others_way_are_warned_of(
     assert len(said) == len(words)
     for message, pattern in zip(said, words):
         assert re.search(pattern, message)
+
+
+def test_without_a_bound_on_cores_all_of_them_count(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr("simulations.work.ray_workers.RayWorkers", lambda config: None)
+    start_workers(tiny_config("compute.workers=3"))
+    assert [str(warning.message).split(",")[0] for warning in recwarn] == ["3 workers of one thread share 2 cores"]
 
 
 def test_a_warning_is_one_line_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
