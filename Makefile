@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test check evidence bench clean
+.PHONY: venv demo test test-slow check evidence bench clean
 
 venv: $(VENV)/.installed
 
@@ -18,6 +18,10 @@ demo: venv
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
+# What takes minutes, and the peers of the benchmarks.
+test-slow: $(VENV)/.bench
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+
 check: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -28,13 +32,16 @@ evidence: venv
 
 # Wants a quiet machine. Records go to the tree last of all: each says whether the tree was as committed.
 bench: $(VENV)/.bench
+	rm -rf runs/bench runs/bench-million
 	$(BIN)/fedquilt bench throughput --workload w1 --out runs/bench
 	$(BIN)/fedquilt bench throughput --workload w2 --out runs/bench
 	$(BIN)/fedquilt bench aggregation --out runs/bench
 	$(BIN)/fedquilt bench population --out runs/bench
 	$(BIN)/fedquilt bench workers --out runs/bench
 	$(BIN)/fedquilt bench pipeline --out runs/bench
+	$(BIN)/fedquilt simulate million --out runs/bench-million
 	cp runs/bench/*.json simulations/results/
+	cp runs/bench-million/record.json simulations/results/million.json
 	$(BIN)/python -m simulations.documents
 
 $(VENV)/.bench: $(VENV)/.installed

@@ -25,6 +25,8 @@ _PAGE = np.dtype([("number", "<u8"), ("unused", "<u2"), ("kind", "<u2"), ("lower
 """In an overflow page, the bytes of lower and upper are one number: how many pages lie in a row."""
 _NODE = np.dtype([("low", "<u2"), ("high", "<u2"), ("flags", "<u2"), ("key_bytes", "<u2")])
 """low and high are the size of a leaf node's value; with flags, the page that a branch node points to."""
+_NUMBER = np.dtype("<i8")
+"""A page's number. LMDB's is unsigned; what no file can hold is negative here."""
 _TREE = np.dtype(
     [
         ("page_bytes", "<u4"),
@@ -34,7 +36,7 @@ _TREE = np.dtype(
         ("leaf_pages", "<u8"),
         ("overflow_pages", "<u8"),
         ("entries", "<u8"),
-        ("root", "<u8"),
+        ("root", _NUMBER),
     ]
 )
 _META = np.dtype(
@@ -52,13 +54,32 @@ _META = np.dtype(
 )
 _MAGIC = 0xBEEFC0DE
 _BRANCH, _LEAF, _OVERFLOW, _META_PAGE = 1, 2, 4, 8
+_INTEGER_KEYS = 8
+"""Flag of a tree: its keys are numbers as the machine has them."""
 _ELSEWHERE, _SUBTREE = 1, 2
 """Flags of a leaf node: its value lies in overflow pages; its value is a tree."""
-_HEADER_BYTES, _NODE_BYTES, _NUMBER_BYTES = 16, 8, 8
+_HEADER_BYTES, _NODE_BYTES = 16, 8
 
 
 class PageFault(Exception):
     """A file that is not a whole LMDB file. The message says which rule it breaks."""
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a tree is made with.
+
+    key_type: what its keys are and ascend as; None does not look at them. leaf_flags: those that a leaf node may have.
+    """
+
+    key_type: np.dtype[Any] | None
+    flags: int
+    leaf_flags: int
+
+
+_FREE = _Form(np.dtype("<u8"), _INTEGER_KEYS, _ELSEWHERE)
+_NAMES = _Form(None, 0, _SUBTREE)
+_NAMED = _Form(np.dtype(">u8"), 0, _ELSEWHERE)
 
 
 @dataclass(frozen=True)
@@ -81,29 +102,45 @@ class _Nodes:
         return np.append(True, self.page_n[1:] != self.page_n[:-1])[: len(self.page_n)]
 
 
-def check_metas(data: Path) -> None:
-    """Checks the two pages that LMDB reads when it opens a file. Raises PageFault."""
-    _newest_meta(data)
-
-
-def check_pages(data: Path, ordered: bytes) -> None:
-    """Checks all pages of the newest transaction, in about 0.1 us per node.
-
-    Nothing may write to the file meanwhile, and it must reach as far as its last page.
-    ordered: the name of a tree whose keys are big-endian numbers of 8 bytes.
+def checked_metas(data: Path) -> Fields:
+    """(2,) the meta pages, which LMDB reads when it opens a file, each checked alone: others may write meanwhile.
 
     Raises PageFault.
     """
-    meta = _newest_meta(data)
+    with data.open("rb") as file:
+        first = file.read(_META.itemsize)
+        _require(len(first) == _META.itemsize, "a file begins with two meta pages")
+        page_bytes = int(np.frombuffer(first, _META)[0]["free"]["page_bytes"])
+        _require(512 <= page_bytes <= 65536 and not page_bytes & (page_bytes - 1), "a page is 512 to 65536 bytes")
+        file.seek(page_bytes)
+        second = file.read(_META.itemsize)
+    _require(len(second) == _META.itemsize, "a file begins with two meta pages")
+    metas = np.frombuffer(first + second, _META)
+    _require((metas["page"]["kind"] == _META_PAGE).all(), "a meta page is one")
+    _require((metas["magic"] == _MAGIC).all(), "a meta page begins with LMDB's number")
+    _require(metas["version"][0] == metas["version"][1], "both meta pages are of one version")  # LMDB refuses another
+    _require((metas["free"]["page_bytes"] == page_bytes).all(), "pages are of one size")
+    _require((metas["last_page"] < metas["map_bytes"] // page_bytes).all(), "the last page lies in the map")
+    return metas
+
+
+def check_pages(data: Path) -> None:
+    """Checks all pages of the newest transaction, in about 0.1 us per node.
+
+    The file has one named tree, whose keys are big-endian numbers of 8 bytes. Nothing may write to it meanwhile, and
+    it must reach as far as its last page. A bit of a transaction's number can change unseen, and what it did with it.
+
+    Raises PageFault.
+    """
+    meta = _newest(checked_metas(data))
     file = _File(np.memmap(data, np.uint8, "r"), int(meta["free"]["page_bytes"]), int(meta["last_page"]))
-    free, free_pages = file.walk(meta["free"], "<u8")
-    names, name_pages = file.walk(meta["names"], None)
-    pages = [np.arange(2), free_pages, name_pages, *(_numbers(value) for value in file.values(free))]
-    for name, flags, value in zip(file.keys(names), names.flags_n.tolist(), file.values(names)):
-        if flags & _SUBTREE:
-            _require(len(value) == _TREE.itemsize, "a tree under a name is a tree")
-            pages.append(file.walk(value.view(_TREE)[0], ">u8" if name == ordered else None)[1])
-    uses = np.concatenate(pages)
+    free, free_pages = file.walk(meta["free"], _FREE)
+    names, name_pages = file.walk(meta["names"], _NAMES)
+    trees = [value for flags, value in zip(names.flags_n, file.values(names)) if flags == _SUBTREE]
+    _require([len(tree) for tree in trees] == [_TREE.itemsize], "one name stands for a tree")
+    _, named_pages = file.walk(trees[0].view(_TREE)[0], _NAMED)
+    unused = [_numbers(value) for value in file.values(free)]
+    uses = np.concatenate([np.arange(2), free_pages, name_pages, named_pages, *unused])
     _require(uses.min() >= 0 and uses.max() <= file.last_page, "a page that is used or free is not after the last")
     _require(np.bincount(uses).max() == 1, "a page has one use")
 
@@ -116,34 +153,24 @@ class _File:
     page_bytes: int
     last_page: int
 
-    def walk(self, tree: Fields, key_type: str | None) -> tuple[_Nodes, Integers]:
-        """The nodes of a tree's leaves, and all pages of the tree.
-
-        key_type: what keys must be and ascend as; None does not look at them.
-        """
+    def walk(self, tree: Fields, form: _Form) -> tuple[_Nodes, Integers]:
+        """The nodes of a tree's leaves, and all pages of the tree."""
+        _require(tree["flags"] == form.flags, "a tree is of its kind")
         depth = int(tree["depth"])
-        if depth == 0:
-            _require(tree["entries"] == 0, "a tree without pages has no entries")
-            nothing = np.empty(0, np.int64)
-            return _Nodes(nothing, nothing, nothing, nothing, nothing, nothing), nothing
-        visited, lowest_p = [_signed(tree["root"].reshape(1))], np.zeros(1, np.uint64)
-        for level in range(depth):
-            kind = _LEAF if level == depth - 1 else _BRANCH
-            nodes = self._nodes(visited[-1], kind)
-            if key_type is not None:
-                lowest_p = self._checked_order(nodes, np.dtype(key_type), kind, lowest_p)
-            if kind == _BRANCH:
-                visited.append(nodes.children_n)
+        pages, lowest_p = tree["root"].reshape(1)[:depth], np.zeros(1, np.uint64)
+        visited = []
+        for kind in [_BRANCH] * (depth - 1) + [_LEAF]:
+            visited.append(pages)
+            nodes = self._nodes(pages, kind)
+            if form.key_type is not None:
+                lowest_p = self._checked_order(nodes, form.key_type, kind, lowest_p)
+            pages = nodes.children_n
+        _require(not (nodes.flags_n & ~form.leaf_flags).any(), "a value is of a kind that its tree holds")
         overflow = self._overflow_pages(nodes)
         counts = (sum(map(len, visited[:-1])), len(visited[-1]), len(overflow), len(nodes.at_n))
         noted = tuple(int(tree[name]) for name in ("branch_pages", "leaf_pages", "overflow_pages", "entries"))
         _require(counts == noted, f"a tree has the pages and entries that it notes, {noted}, got {counts}")
         return nodes, np.concatenate([*visited, overflow])
-
-    def keys(self, leaves: _Nodes) -> list[bytes]:
-        """The keys of leaf nodes."""
-        starts = (leaves.at_n + _NODE_BYTES).tolist()
-        return [self.content[at : at + size].tobytes() for at, size in zip(starts, leaves.key_bytes_n.tolist())]
 
     def values(self, leaves: _Nodes) -> list[npt.NDArray[np.uint8]]:
         """The values of leaf nodes, wherever they lie."""
@@ -166,7 +193,7 @@ class _File:
         head = self._read(start_n + offset_n, _NODE)
         low_n, high_n, flags_n, key_n = (head[name].astype(np.int64) for name in ("low", "high", "flags", "key_bytes"))
         value_n = low_n | high_n << 16
-        stored_n = np.where(flags_n & _ELSEWHERE, _NUMBER_BYTES, value_n) if kind == _LEAF else 0
+        stored_n = np.where(flags_n & _ELSEWHERE, _NUMBER.itemsize, value_n) if kind == _LEAF else 0
         node_n = _NODE_BYTES + key_n + stored_n
         filled_p = np.bincount(page_n, node_n + node_n % 2, len(pages))
         _require((filled_p == self.page_bytes - upper_p).all(), "nodes fill their page without gaps")
@@ -205,7 +232,7 @@ class _File:
     def _value_starts(self, leaves: _Nodes) -> Integers:
         start_n: Integers = leaves.at_n + _NODE_BYTES + leaves.key_bytes_n
         elsewhere_n = (leaves.flags_n & _ELSEWHERE) != 0
-        pages = _signed(self._read(start_n[elsewhere_n], np.dtype("<u8")))
+        pages = self._read(start_n[elsewhere_n], _NUMBER)
         _require(((pages > 0) & (pages <= self.last_page)).all(), "an overflow page is a page")
         start_n[elsewhere_n] = pages * self.page_bytes + _HEADER_BYTES
         return start_n
@@ -224,41 +251,22 @@ class _File:
         return values
 
 
-def _newest_meta(data: Path) -> Fields:
+def _newest(metas: Fields) -> Fields:
     """The one of the two meta pages that the last transaction wrote."""
-    with data.open("rb") as file:
-        first = file.read(_META.itemsize)
-        _require(len(first) == _META.itemsize, "a file begins with two meta pages")
-        page_bytes = int(np.frombuffer(first, _META)[0]["free"]["page_bytes"])
-        _require(512 <= page_bytes <= 65536 and not page_bytes & (page_bytes - 1), "a page is 512 to 65536 bytes")
-        file.seek(page_bytes)
-        second = file.read(_META.itemsize)
-    _require(len(second) == _META.itemsize, "a file begins with two meta pages")
-    metas = np.frombuffer(first + second, _META)
-    _require((metas["page"]["kind"] == _META_PAGE).all(), "a meta page is one")
-    _require((metas["magic"] == _MAGIC).all(), "a meta page begins with LMDB's number")
-    _require(metas["version"][0] == metas["version"][1], "both meta pages are of one version")  # LMDB refuses another
-    _require((metas["free"]["page_bytes"] == page_bytes).all(), "pages are of one size")
     transactions = [int(number) for number in metas["transaction"]]
     newest = int(transactions[1] > transactions[0])
     alternate = transactions[newest] in (0, transactions[1 - newest] + 1) and transactions[newest] % 2 == newest
     _require(alternate, "transactions write the two meta pages in turn")
     meta: Fields = metas[newest]
-    _require(int(meta["last_page"]) * page_bytes < int(meta["map_bytes"]), "the last page lies in the map")
     return meta
 
 
 def _numbers(value: npt.NDArray[np.uint8]) -> Integers:
     """The pages of one entry of the tree of free pages: their count, and they."""
-    _require(len(value) % _NUMBER_BYTES == 0 and len(value) > 0, "an entry of free pages is a list of numbers")
-    numbers = _signed(value.view("<u8"))
+    _require(len(value) % _NUMBER.itemsize == 0 and len(value) > 0, "an entry of free pages is a list of numbers")
+    numbers = value.view(_NUMBER)
     _require(0 <= numbers[0] < len(numbers), "an entry of free pages holds as many as it says")
     return numbers[1 : 1 + numbers[0]]
-
-
-def _signed(numbers: npt.NDArray[np.uint64]) -> Integers:
-    """Page numbers for arithmetic; what no file can hold becomes negative."""
-    return numbers.astype(np.int64)
 
 
 def _require(holds: bool | np.bool_, rule: str) -> None:

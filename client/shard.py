@@ -21,7 +21,7 @@ from zlib import crc32
 import lmdb
 import numpy as np
 
-from client.pages import PageFault, check_metas, check_pages
+from client.pages import PageFault, check_pages, checked_metas
 from client.state import Histories, RecordFault, RecordLayout, user_keys
 from federation.errors import DamagedShardError, StoreError
 from federation.files import sync
@@ -189,9 +189,7 @@ class Shard:
             self.close()
         if not self.exists:
             self._make()
-        environment, records = self._open()
-        found = self._data.stat()
-        self._opened = environment, records, (found.st_dev, found.st_ino)
+        self._opened = environment, records, _ = self._open()
         return environment, records
 
     def _make(self) -> None:
@@ -210,16 +208,18 @@ class Shard:
                     raise
         sync(self._folder.parent)
 
-    def _open(self) -> tuple[Any, Any]:
+    def _open(self) -> tuple[Any, Any, tuple[int, int]]:
+        """The environment, its records, and which file they are in."""
         if not self._data.exists():
             raise PageFault(f"in a whole shard there is a {DATA_NAME}")
-        check_metas(self._data)
+        found = self._data.stat()  # before it is opened: should another take its place meanwhile, `_current` sees it
+        checked_metas(self._data)
         environment = lmdb.open(str(self._folder), map_size=self._map_bytes, max_dbs=1, readahead=False)
         try:
             environment.reader_check()  # a killed reader's slot would keep old pages from being used again
             with environment.begin(write=True):  # which keeps other writers out
                 _restore_length(environment, self._data)
-                check_pages(self._data, ordered=_RECORDS)
+                check_pages(self._data)
             records = environment.open_db(_RECORDS, create=False)
             with environment.begin() as handle:
                 for _ in Transaction(handle, records, self._layout, self.place).batches():
@@ -227,7 +227,7 @@ class Shard:
         except BaseException:
             environment.close()
             raise
-        return environment, records
+        return environment, records, (found.st_dev, found.st_ino)
 
 
 def _needed_bytes(environment: Any) -> int:

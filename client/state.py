@@ -33,8 +33,7 @@ from federation.errors import StoreError
 from federation.streams import UserIds
 
 FORMAT_VERSION = 2
-MAX_ROUND = 2**32 - 2
-"""The last round that a record can hold, so that the round after it fits too."""
+MAX_ROUND = 2**32 - 1
 
 KEY_BYTES = 8
 _CRC_BYTES = 4

@@ -13,7 +13,8 @@ records that no read can ask for any more are left out. So the cost is O(users w
 needs to be kept. A quiet user keeps its last few records.
 
 Damage: a shard is checked when it is opened, and a record whenever it is read. A damaged shard raises
-DamagedShardError from every call that needs it, until it is restored or set aside.
+DamagedShardError from every call that needs it, until it is restored or set aside. A shard whose folder is gone begins
+anew with fresh users; `simulations/audit.py` finds what visits they lack.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from client.shard import Shard, Transaction
+from client.shard import Rounds, Shard, Transaction
 from client.state import FORMAT_VERSION, RecordLayout, UserBlock, join
 from federation.errors import StoreError
 from federation.files import remove_leftovers, write_file
@@ -66,9 +67,10 @@ class UserStore:
     def read(self, user_ids: UserIds, before_round: int) -> UserBlock:
         """Each user's newest state of a round before `before_round`, or a fresh one, in the order of the ids.
 
-        Raises StoreError when `compact` may have dropped such records.
+        Raises StoreError when `compact` may have dropped such records, or an id is there twice.
         """
         ids = np.asarray(user_ids, dtype=np.int64)
+        _refuse_repeated(ids)
         blocks = [self.layout.fresh(ids[:0])]
         order, groups = self._by_shard(ids)
         for shard, ids_of_shard in groups:
@@ -90,8 +92,7 @@ class UserStore:
         for shard, ids in groups:
             rows_of_shard, start = rows[start : start + len(ids)], start + len(ids)
             with shard.transaction(write=True) as transaction:
-                _refuse_dropped(transaction, round_index - 1, f"writing round {round_index}")
-                rounds = transaction.rounds
+                rounds = _refuse_dropped(transaction, round_index - 1, f"writing round {round_index}")
                 kept = transaction.read(ids).without_superseded(rounds.durable)
                 transaction.replace(ids, kept.with_round(rows_of_shard))
                 if round_index > rounds.newest:
@@ -118,8 +119,7 @@ class UserStore:
         remove_leftovers(self.folder)
         for shard in self._existing():
             with shard.transaction(write=True) as transaction:
-                _refuse_dropped(transaction, round_index, f"rewinding to round {round_index}")
-                rounds = transaction.rounds
+                rounds = _refuse_dropped(transaction, round_index, f"rewinding to round {round_index}")
                 if rounds.newest > round_index:
                     _drop_later(transaction, round_index)
                     transaction.note(replace(rounds, newest=round_index))
@@ -204,13 +204,15 @@ def _refuse_repeated(ids: UserIds) -> None:
         raise StoreError(f"a block names a user once, got {rows} rows of user {user}; was it drawn twice?")
 
 
-def _refuse_dropped(transaction: Transaction, round_index: int, what: str) -> None:
-    """Refuse what rests on states as they were after `round_index`, when those may have been dropped."""
-    if round_index < transaction.rounds.durable:
+def _refuse_dropped(transaction: Transaction, round_index: int, what: str) -> Rounds:
+    """The noted rounds. Refuses what rests on states after `round_index` when those may have been dropped."""
+    rounds = transaction.rounds
+    if round_index < rounds.durable:
         raise StoreError(
             f"{what} needs records of rounds that {transaction.place} has dropped: it was compacted to round "
-            f"{transaction.rounds.durable}; resume from a checkpoint of that round or a later one"
+            f"{rounds.durable}; resume from a checkpoint of that round or a later one"
         )
+    return rounds
 
 
 def _claim(folder: Path, shards: int, layout: RecordLayout) -> None:
@@ -232,6 +234,12 @@ def _claim(folder: Path, shards: int, layout: RecordLayout) -> None:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read or written ({error}); is this the folder of a user store?") from error
+    match found:
+        case {"format": form, "version": version} if form == wanted["format"] and version != FORMAT_VERSION:
+            raise StoreError(
+                f"{folder} was written by another version of fedquilt (format {version}, here {FORMAT_VERSION}); "
+                "finish it with that one, or start in another folder"
+            )
     if found != wanted:
         raise StoreError(
             f"{folder} holds a store of {found}, asked for {wanted}; open it as it is, or use another folder"

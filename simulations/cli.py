@@ -27,6 +27,8 @@ from simulations.benchmarks.commands import bench
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 RUNS = Path("runs")
+CONTINUE = {"simulate": "; continue with --resume", "sweep": "; continue with the same command"}
+"""What Ctrl-C says of the commands that go on where they were stopped; others begin anew."""
 
 
 class Commands(TyperGroup):
@@ -42,7 +44,7 @@ class Commands(TyperGroup):
             typer.echo(f"fedquilt: {error}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            typer.echo("stopped; continue with --resume (a sweep: with the same command)", err=True)
+            typer.echo(f"stopped{CONTINUE.get(ctx.invoked_subcommand or '', '')}", err=True)
             raise typer.Exit(130) from None
 
 

@@ -28,10 +28,10 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from torch import Tensor
 
+from federation.errors import ConfigError
 from federation.pool.spec import ModuleSpec, PoolSpec
 from federation.update import Limits, Schema, Section, UpdateBlock, admit
 from simulations.benchmarks.clock import in_turns, one_thread
-from simulations.record import provenance
 from strategies.means import MaskedMean
 from strategies.protocol import Step
 
@@ -84,14 +84,11 @@ class Aggregation:
             "max_relative_difference": self.max_relative_difference,
         }
 
-    def record(self) -> dict[str, Any]:
-        """The record of this measurement."""
+    @property
+    def details(self) -> dict[str, Any]:
+        """What else the record holds."""
         return {
-            "kind": "aggregation",
-            "name": "aggregation",
-            **provenance(),
             "seed": SEED,
-            **self.line,
             "users": self.users,
             "block": self.block,
             "clients": self.clients,
@@ -103,7 +100,15 @@ class Aggregation:
 
 
 def measure(users: int, block: int, clients: int, repetitions: int) -> Aggregation:
-    """All sides in turns. `clients` of the first block's users send the whole pool to the dense sides."""
+    """All sides in turns. `clients` of the first block's users send the whole pool to the dense sides.
+
+    Raises ConfigError when the first block has fewer users.
+    """
+    if clients > min(users, block):
+        raise ConfigError(
+            f"clients are users of the first block, which has {min(users, block)}, not {clients}; "
+            "lower --clients, or raise --users and --block"
+        )
     generator = torch.Generator().manual_seed(SEED)
     blocks = [updates(min(block, users - start), generator) for start in range(0, users, block)]
     pools = dense(blocks[0].take(torch.arange(clients)))

@@ -6,9 +6,8 @@ Heavy modules are imported inside the commands, as in `simulations/cli.py`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import typer
 
@@ -33,7 +32,7 @@ def throughput(
 
     chosen = sized(workload_named(workload), users, block)
     result = measure(chosen, repetitions, () if only else PEERS)
-    conclude(result.line, result.record(), out, f"throughput-{workload}")
+    conclude(result, out, "throughput", workload)
 
 
 @bench.command()
@@ -48,7 +47,7 @@ def aggregation(
     from simulations.benchmarks.aggregation import measure
 
     result = measure(users, block, clients, repetitions)
-    conclude(result.line, result.record(), out, "aggregation")
+    conclude(result, out, "aggregation")
 
 
 @bench.command()
@@ -62,7 +61,7 @@ def population(
             default_factory=lambda: [10**4, 10**5, 10**6],
         ),
     ],
-    cohort: Annotated[int, typer.Option(min=1, help="Users in a round.")] = 1000,
+    cohort: Annotated[int, typer.Option(min=1, help="Users in a round, none of them twice.")] = 500,
     rounds: Annotated[int, typer.Option(min=3, help="Of which the median counts.")] = 15,
     memory_rounds: Annotated[int, typer.Option(min=4, help="Rounds over which memory is watched.")] = 200,
     out: Out = None,
@@ -71,7 +70,7 @@ def population(
     from simulations.benchmarks.population import measure
 
     result = measure(registered, cohort, rounds, memory_rounds)
-    conclude(result.line, result.record(), out, "population")
+    conclude(result, out, "population")
 
 
 @bench.command()
@@ -83,10 +82,10 @@ def workers(
     out: Out = None,
 ) -> None:
     """One worker against two: users per second, and equal results. Prints one JSON line."""
-    from simulations.benchmarks.workers import measure
+    from simulations.benchmarks.scaling import measure
 
     result = measure((1, 2), registered, cohort, rounds, repetitions)
-    conclude(result.line, result.record(), out, "workers")
+    conclude(result, out, "workers")
 
 
 @bench.command()
@@ -109,14 +108,32 @@ def pipeline(
 
     config = load_config(experiment_path(experiment), ["compute.workers=2", *overrides])
     result = measure(config, rounds)
-    conclude(result.line, result.record(), out, "pipeline")
+    conclude(result, out, "pipeline")
 
 
-def conclude(line: Mapping[str, Any], record: Mapping[str, Any], out: Path | None, name: str) -> None:
-    """Prints the line, and writes the record to `<out>/<name>.json` if there is an `out`."""
+class Result(Protocol):
+    """What was measured. line: what the command prints. details: what else its record holds."""
+
+    @property
+    def line(self) -> dict[str, Any]: ...
+
+    @property
+    def details(self) -> dict[str, Any]: ...
+
+
+def conclude(result: Result, out: Path | None, kind: str, variant: str = "") -> None:
+    """Prints the line, and writes the record to `out`, if there is one, as `<kind>.json` or `<kind>-<variant>.json`."""
     from simulations.record import write_json
 
-    typer.echo(json.dumps(line))
+    typer.echo(json.dumps(result.line))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / f"{name}.json", record)
+        name = f"{kind}-{variant}" if variant else kind
+        write_json(out / f"{name}.json", record_of(result, kind, variant or kind))
+
+
+def record_of(result: Result, kind: str, name: str) -> dict[str, Any]:
+    """The record of a measurement."""
+    from simulations.record import provenance
+
+    return {"kind": kind, "name": name, **provenance(), **result.line, **result.details}

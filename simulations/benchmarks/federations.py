@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from federation.config import RunConfig, load_config
 from federation.streams import UserIds
@@ -20,7 +21,7 @@ _SYNTHETIC = Path(__file__).parents[1] / "experiments" / "synthetic.toml"
 
 
 def synthetic(registered: int, cohort: int, rounds: int, workers: int) -> RunConfig:
-    """The synthetic experiment with rows trained beside the gate, and a checkpoint after every round."""
+    """The synthetic experiment with rows trained too, everyone once in an epoch, and a checkpoint after every round."""
     return load_config(
         _SYNTHETIC,
         [
@@ -29,10 +30,16 @@ def synthetic(registered: int, cohort: int, rounds: int, workers: int) -> RunCon
             "local.learning_rate=0.05",
             f"federation.cohort={cohort}",
             f"federation.rounds={rounds}",
+            "federation.sampling=epochs",
             "federation.checkpoint_every=1",
             f"compute.workers={workers}",
         ],
     )
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """What a record says of the federation that was timed. Nothing was evaluated."""
+    return {"seed": config.seed, "config": config.model_dump(mode="json", exclude={"evaluate"})}
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ FIGURES: Mapping[str, Mapping[str, str]] = {
         "microseconds_per_user": "µs per user and process",
     },
     "run": {
-        "visits.users": "users with a stored state",
+        "users": "users with a stored state",
         "seconds": "seconds",
         "peak_mib": "private memory of driver and workers, MiB at most",
         "object_store_mib": "Ray's object store beside it, MiB",

@@ -34,8 +34,7 @@ from federation.streams import UserIds
 from federation.update import Values
 from server import checkpoint
 from server.round import lift
-from simulations.benchmarks.federations import Federation, Laps, started
-from simulations.record import provenance
+from simulations.benchmarks.federations import Federation, Laps, settings, started
 from simulations.work.worker import Worker, blocks
 
 WARMUP = 1
@@ -60,7 +59,10 @@ _IN_LOCAL_ROUND = ("gains", "gate's network", "sampling of masks", "policy gradi
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Users per second of both sides, round by round, and seconds per user by part of a round."""
+    """Users per second of both sides, round by round, and seconds per user by part of a round.
+
+    config: what both sides did. The breakdown is of fewer rounds, in one process.
+    """
 
     config: RunConfig
     simulate: tuple[float, ...]
@@ -77,15 +79,11 @@ class Pipeline:
             "share_of_engine": round(simulate / engine, 3),
         }
 
-    def record(self) -> dict[str, Any]:
-        """The record of this measurement."""
+    @property
+    def details(self) -> dict[str, Any]:
+        """What else the record holds."""
         return {
-            "kind": "pipeline",
-            "name": "pipeline",
-            **provenance(),
-            "seed": self.config.seed,
-            "config": self.config.model_dump(mode="json", exclude={"evaluate"}),
-            **self.line,
+            **settings(self.config),
             "microseconds_per_user": {part: round(1e6 * taken, 1) for part, taken in self.breakdown.items()},
             "simulate_users_per_second": list(self.simulate),
             "engine_users_per_second": list(self.engine),
@@ -94,10 +92,11 @@ class Pipeline:
 
 def measure(config: RunConfig, rounds: int) -> Pipeline:
     """`rounds` counted rounds of both sides in turns; then the breakdown of a third as many others."""
-    simulate, engine = in_turns(with_rounds(config, WARMUP + rounds))
+    both = with_rounds(config, WARMUP + rounds)
+    simulate, engine = alternating(both)
     alone = with_rounds(config, WARMUP + max(rounds // 3, 1))
     alone = alone.model_copy(update={"compute": config.compute.model_copy(update={"workers": 0})})
-    return Pipeline(config, tuple(simulate[WARMUP:]), tuple(engine[WARMUP:]), breakdown(alone))
+    return Pipeline(both, tuple(simulate[WARMUP:]), tuple(engine[WARMUP:]), breakdown(alone))
 
 
 def with_rounds(config: RunConfig, rounds: int) -> RunConfig:
@@ -107,7 +106,7 @@ def with_rounds(config: RunConfig, rounds: int) -> RunConfig:
     return config.model_copy(update={"federation": federation, "gate": gate})
 
 
-def in_turns(config: RunConfig) -> tuple[list[float], list[float]]:
+def alternating(config: RunConfig) -> tuple[list[float], list[float]]:
     """Users per second of each round, and of the engine after each."""
     engine: list[float] = []
     with tempfile.TemporaryDirectory() as folder, started(config) as federation:

@@ -1,7 +1,8 @@
 """What registered users cost: rounds of one cohort size over 10^4, 10^5 and 10^6 of them, and memory over many rounds.
 
 Each population has a process of its own that does a federation's whole work: a synthetic one with gate, trained rows,
-user store and a checkpoint after each round. They take turns, round by round, so that a busy machine slows all alike.
+user store and a checkpoint after each round. Nobody comes twice, so all stores do the same. They take turns, round by
+round, so that a busy machine slows all alike.
 
 Memory is what a process holds for itself, see `simulations.work.memory`.
 """
@@ -21,9 +22,8 @@ from typing import Any
 import numpy as np
 
 from federation.config import RunConfig
-from federation.errors import RunError
-from simulations.benchmarks.federations import Laps, started, synthetic
-from simulations.record import provenance
+from federation.errors import ConfigError, RunError
+from simulations.benchmarks.federations import Laps, settings, started, synthetic
 from simulations.work.memory import private_memory
 from simulations.work.worker import Worker
 
@@ -32,16 +32,18 @@ WARMUP = 2
 
 
 @dataclass(frozen=True)
-class Population:
+class PopulationCost:
     """Rounds over populations of several sizes.
 
     round_seconds, driver_mib: of each counted round, by registered users. The driver is the only process there.
-    memory: over a longer federation with one Ray worker, MiB after each round, of "driver" and "worker".
+    memory: over a longer federation with one Ray worker, of the largest population and cohorts of `memory_cohort`: MiB
+    after each round, of "driver" and "worker".
     """
 
     config: RunConfig
     round_seconds: dict[int, list[float]]
     driver_mib: dict[int, list[float]]
+    memory_cohort: int
     memory: dict[str, list[float]]
 
     @property
@@ -54,17 +56,14 @@ class Population:
             "mib_per_100_rounds": {who: round(100 * slope(mib), 2) for who, mib in self.memory.items()},
         }
 
-    def record(self) -> dict[str, Any]:
-        """The record of this measurement."""
+    @property
+    def details(self) -> dict[str, Any]:
+        """What else the record holds."""
         return {
-            "kind": "population",
-            "name": "population",
-            **provenance(),
-            "seed": self.config.seed,
-            "config": self.config.model_dump(mode="json", exclude={"evaluate"}),
-            **self.line,
+            **settings(self.config),
             "cohort": self.config.federation.cohort,
             "rounds": len(next(iter(self.round_seconds.values()))),
+            "memory_cohort": self.memory_cohort,
             "memory_rounds": len(self.memory["driver"]),
             "all_round_seconds": list(self.round_seconds.values()),
             "all_driver_mib": list(self.driver_mib.values()),
@@ -72,8 +71,17 @@ class Population:
         }
 
 
-def measure(registered: Sequence[int], cohort: int, rounds: int, memory_rounds: int) -> Population:
-    """`rounds` counted rounds over each population, then `memory_rounds` of a quarter of the cohort."""
+def measure(registered: Sequence[int], cohort: int, rounds: int, memory_rounds: int) -> PopulationCost:
+    """`rounds` counted rounds over each population, then `memory_rounds` of half the cohort.
+
+    Raises ConfigError when users of the smallest would have to come twice: their store would do other work.
+    """
+    taking_part = cohort * (WARMUP + rounds)
+    if taking_part > min(registered):
+        raise ConfigError(
+            f"nobody may come twice, so that all populations cost the same; {WARMUP + rounds} rounds of {cohort} users "
+            f"need {taking_part:,}, the smallest has {min(registered):,}; lower --cohort or --rounds"
+        )
     configs = {users: synthetic(users, cohort, WARMUP + rounds, workers=0) for users in registered}
     seconds: dict[int, list[float]] = {users: [] for users in registered}
     driver_mib: dict[int, list[float]] = {users: [] for users in registered}
@@ -84,8 +92,8 @@ def measure(registered: Sequence[int], cohort: int, rounds: int, memory_rounds: 
                 if index >= WARMUP:
                     seconds[users].append(lap)
                     driver_mib[users].append(mib)
-    memory = memory_of(synthetic(max(registered), max(cohort // 4, 1), memory_rounds, workers=1))
-    return Population(configs[max(registered)], seconds, driver_mib, memory)
+    watched = synthetic(max(registered), max(cohort // 2, 1), memory_rounds, workers=1)
+    return PopulationCost(configs[max(registered)], seconds, driver_mib, watched.federation.cohort, memory_of(watched))
 
 
 def memory_of(config: RunConfig) -> dict[str, list[float]]:
@@ -152,7 +160,7 @@ def _rounds_when_told(connection: Connection, config: RunConfig) -> None:
         try:
             connection.recv()
             federation.run(Path(folder), laps)
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ from simulations.benchmarks.peers.naive import add, naive_job
 from simulations.benchmarks.workloads import PROCESSES, ROUND, Task
 from simulations.populations import make_population
 from simulations.setup import Setup, set_up, wrap
-from simulations.work.worker import Broadcast, Worker, blocks, train_block
+from simulations.work.worker import Broadcast, Worker, train_users
 from simulations.work.workers import Workers
 
 Means = Mapping[str, Tensor]
@@ -42,7 +42,7 @@ class Side(Protocol):
 
 @dataclass(frozen=True)
 class Engine:
-    """The product's round without the user store: share, `local_round` and `lift` in blocks, fold, close."""
+    """The product's round without the user store: share, `train_users` on each worker, fold, close."""
 
     workers: Workers
     config: RunConfig
@@ -76,14 +76,11 @@ class Engine:
 
 
 def engine_job(worker: Worker, broadcast: Broadcast, config_json: str, part: range) -> tuple[Any, None]:
-    """A worker's share of an engine's round, as `run_chunk` does it for users that no store knows yet."""
+    """A worker's share of an engine's round: what `run_chunk` does between reading users and writing them."""
     setup = setup_of(config_json)
     users = setup.record_layout.fresh(np.arange(part.start, part.stop))
-    partials = [
-        train_block(worker, setup, broadcast, users.take(places))[0]
-        for places in blocks(len(users), setup.config.compute.block)
-    ]
-    return reduce(setup.rules.strategy.merge, partials), None
+    partial, _, _ = train_users(worker, setup, broadcast, users)
+    return partial, None
 
 
 @dataclass(frozen=True)
@@ -117,6 +114,6 @@ def shares(users: int) -> list[range]:
 
 @cache
 def setup_of(config_json: str) -> Setup:
-    """The fixed parts of a configuration, with a model of its own: variants differ in how the model computes."""
+    """The fixed parts of a configuration, with a model of its own: a precision changes the base, see `in_precision`."""
     config = RunConfig.model_validate_json(config_json)
     return set_up(config, wrap(config, make_population(config.population).base_model()))

@@ -7,9 +7,9 @@
 | flower | Flower's simulation, two Ray actors (`peers/flower.py`) |
 | pfl | pfl-research's simulation, two processes of torchrun (`peers/pfl.py`) |
 
-All have the same base weights, rows, masks, examples and steps. Sides do their rounds in turns, so that a busy machine
-slows all; each one's first round is not counted. Flower trains the first users only, as many as suit it best
-(`peers/turns.py`).
+All have the same base weights, rows, masks, examples and steps, and processes of one environment and priority. Sides do
+their rounds in turns, so that a busy machine slows all; each one's first round is not counted. Flower trains the first
+users only, as many as suit it best (`peers/turns.py`).
 
 What the first round aggregated is compared with the engine's: the mean difference of each of the pool's rows over the
 users that train it. Flower and pfl average dense pools in fp32, and their row means are recovered from the average
@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from statistics import median
 from typing import Any
 
@@ -32,7 +31,6 @@ from simulations.benchmarks.flops import flops_per_user, gemm_job
 from simulations.benchmarks.peers.turns import PEERS, Peer, check_installed
 from simulations.benchmarks.sides import Engine, Means, Naive, Side
 from simulations.benchmarks.workloads import PROCESSES, SEED, Workload, task
-from simulations.record import provenance
 from simulations.work.workers import Workers, start_workers
 
 
@@ -81,18 +79,12 @@ class Throughput:
             **ratios,
         }
 
-    def record(self) -> dict[str, Any]:
-        """The record of this measurement."""
-        made = provenance()
-        peers = {"pfl": version("pfl")} if "pfl" in self.seconds else {}
+    @property
+    def details(self) -> dict[str, Any]:
+        """What else the record holds."""
         return {
-            "kind": "throughput",
-            "name": self.workload.name,
-            **made,
-            "versions": made["versions"] | peers,
             "seed": SEED,
             "config": self.workload.config.model_dump(mode="json", include={"pool", "gate", "local"}),
-            **self.line,
             "users": self.workload.users,
             "users_by_side": dict(self.users),
             "block": self.workload.block,

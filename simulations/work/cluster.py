@@ -6,11 +6,14 @@ import logging
 import os
 import platform
 import socket
+import warnings
 from types import TracebackType
 from typing import Any
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else ray.init warns of a future change
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # else the errors of merges that are done again are printed
+
+os.environ.setdefault("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1")  # read where they lie: merging takes a third
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
@@ -18,6 +21,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from federation.config import ComputeConfig
 from federation.errors import RunError
 from simulations.work.placement import check_room, described, resources_of
+
+for harmless in ("Zero-copy tensor serialization", "The given NumPy array is not writable"):
+    warnings.filterwarnings("ignore", message=harmless, category=UserWarning)  # nobody changes what was given
 
 PATIENCE_SECONDS = 60.0
 """How long we wait for what others on the cluster take up. What it could never hold is refused at once."""

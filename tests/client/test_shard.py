@@ -5,14 +5,21 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import re
+import shutil
+import struct
 from collections.abc import Callable
+from itertools import chain, product
 from pathlib import Path
+from typing import Any
 
+import lmdb
 import numpy as np
 import pytest
 
+from client.pages import PageFault, check_pages, checked_metas
 from client.shard import DATA_NAME, Rounds
-from client.state import RecordFault, RecordLayout, UserBlock
+from client.state import RecordFault, RecordLayout, UserBlock, user_keys
 from client.store import UserStore
 from federation.errors import DamagedShardError, StoreError
 from tests.child import exit_code
@@ -20,6 +27,7 @@ from tests.client.test_store import LAYOUT, assert_equal, block_of
 
 PAGE = 4096
 MANY = np.arange(5000)
+FEW = block_of(MANY[:150], 2)
 
 
 def data_file(folder: Path, shard: int = 0) -> Path:
@@ -87,7 +95,7 @@ def test_a_damaged_file_is_named_and_the_shard_goes_on_without_it(tmp_path: Path
     assert not any(kept[len(damaged) :])
 
 
-def test_a_lost_file_in_a_shard_is_damage_and_a_lost_shard_begins_anew(tmp_path: Path) -> None:
+def test_a_lost_file_in_a_shard_is_damage_until_the_shard_is_set_aside(tmp_path: Path) -> None:
     filled(tmp_path)
     data_file(tmp_path).unlink()
     with UserStore(tmp_path, 1, LAYOUT) as opened:
@@ -95,6 +103,14 @@ def test_a_lost_file_in_a_shard_is_damage_and_a_lost_shard_begins_anew(tmp_path:
             opened.read(MANY, 3)
         opened.set_aside(0)
         assert_equal(opened.read(MANY, 3), LAYOUT.fresh(MANY))
+
+
+def test_a_shard_whose_folder_is_gone_begins_anew(tmp_path: Path) -> None:
+    filled(tmp_path)
+    shutil.rmtree(data_file(tmp_path).parent)
+    with UserStore(tmp_path, 1, LAYOUT) as opened:
+        assert_equal(opened.read(MANY, 3), LAYOUT.fresh(MANY))
+        assert not opened.begun_anew(0)
 
 
 def test_the_second_damage_takes_the_second_name(tmp_path: Path) -> None:
@@ -135,6 +151,67 @@ def test_bytes_flipped_anywhere_are_found_or_harmless(tmp_path: Path, width: int
         assert exit_code(lambda: outcome(tmp_path, block_of(MANY, 2))) == 0, f"{width} bytes flipped at {at}"
 
 
+def is_found_damaged(folder: Path, expected: UserBlock) -> bool:
+    """Whether the shard is called damaged. If not, it holds what is expected."""
+    try:
+        with UserStore(folder, 1, LAYOUT) as opened:
+            assert_equal(opened.read(expected.ids, 3), expected)
+    except DamagedShardError:
+        return True
+    return False
+
+
+def small(folder: Path) -> tuple[bytes, int, int, int]:
+    """A store of FEW: its data, and where the MDB_db of its records, their top page and the node of the last start."""
+    with UserStore(folder, 1, LAYOUT) as opened:
+        opened.write(FEW, 2)
+    data = data_file(folder).read_bytes()
+    tree, branch = next(  # the newest, of some that are left in the file
+        (at, root * PAGE)
+        for at in (found.end() for found in re.finditer(b"records", data))
+        for *_, entries, root in [struct.unpack_from("<IHH5Q", data, at)]
+        if entries == len(FEW)
+    )
+    return data, tree, branch, data.index(user_keys(FEW.ids[-1:])[0] + LAYOUT.encode(FEW, 2)[-1:].tobytes()) - 8
+
+
+def test_every_bit_of_every_flag_is_looked_at(tmp_path: Path) -> None:
+    data, tree, _, last = small(tmp_path)
+    newest = PAGE * (data[PAGE + 144] > data[144])
+    for at in (newest + 44, newest + 92, tree + 4, tree - 11, last + 4):  # three trees and two nodes
+        for bit in range(16):
+            flags = int.from_bytes(data[at : at + 2], "little") ^ 1 << bit
+            data_file(tmp_path).write_bytes(data[:at] + flags.to_bytes(2, "little") + data[at + 2 :])
+            with pytest.raises(PageFault):
+                check_pages(data_file(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("part", "told"), [("trees of meta pages", 500), ("tree of records", 400), ("branch page", 200), ("node", 100)]
+)
+def test_every_bit_flipped_in_what_lmdb_follows_is_found_or_harmless(tmp_path: Path, part: str, told: int) -> None:
+    """told: how many flips are found at least, so that something is tried."""
+    data, tree, branch, last = small(tmp_path)
+    lower, upper = struct.unpack_from("<HH", data, branch + 12)
+    ranges = {
+        "trees of meta pages": [range(at + 40, at + 136) for at in (0, PAGE)],
+        "tree of records": [range(tree - 15, tree + 48)],
+        "branch page": [range(branch, branch + lower), range(branch + upper, branch + PAGE)],
+        "node": [range(last, last + 16)],
+    }
+
+    def child() -> None:  # one for all flips, since a crash inside LMDB would end the tests
+        found = 0
+        with data_file(tmp_path).open("r+b", buffering=0) as file:
+            for at, bit in product(chain(*ranges[part]), range(8)):
+                os.pwrite(file.fileno(), bytes([data[at] ^ 1 << bit]), at)
+                found += is_found_damaged(tmp_path, FEW)
+                os.pwrite(file.fileno(), data[at : at + 1], at)
+        assert found >= told
+
+    assert exit_code(child) == 0
+
+
 def test_a_flipped_bit_in_a_record_names_its_user(tmp_path: Path) -> None:
     data = filled(tmp_path)
     record = LAYOUT.encode(block_of(MANY[7:8], 2), 2).tobytes()
@@ -146,7 +223,7 @@ def test_a_flipped_bit_in_a_record_names_its_user(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("note", [None, b"", b"\0" * 20, Rounds(3, 5).packed()[:-1]])
 def test_a_note_of_rounds_that_is_none_is_refused(note: bytes | None) -> None:
-    assert Rounds.unpacked(Rounds(3, 2**32 - 2).packed()) == Rounds(3, 2**32 - 2)
+    assert Rounds.unpacked(Rounds(3, 2**32 - 1).packed()) == Rounds(3, 2**32 - 1)
     with pytest.raises(RecordFault, match="note of its rounds"):
         Rounds.unpacked(note)
 
@@ -177,6 +254,20 @@ def test_a_file_that_only_lacks_unused_pages_is_whole(tmp_path: Path) -> None:
         assert_equal(opened.read(MANY, 4), block_of(MANY, 3))
 
 
+def test_meta_pages_read_between_commits_are_whole_each(tmp_path: Path) -> None:
+    """Others may write while a file is opened; the rule that joins both pages is for who has locked them out."""
+    with UserStore(tmp_path, 1, LAYOUT) as opened:
+        opened.write(block_of(MANY[:40], 1), 1)
+        before = data_file(tmp_path).read_bytes()
+        for round_index in range(2, 6):
+            opened.write(block_of(MANY[:40], round_index), round_index)
+    after, read = data_file(tmp_path).read_bytes(), tmp_path / "read"
+    read.write_bytes(before[:PAGE] + after[PAGE:])
+    checked_metas(read)
+    with pytest.raises(PageFault, match="in turn"):
+        check_pages(read)
+
+
 def test_a_file_that_may_not_be_read_is_an_error_and_no_damage(tmp_path: Path) -> None:
     filled(tmp_path)
     data_file(tmp_path).rename(data_file(tmp_path).with_name("elsewhere"))
@@ -202,20 +293,39 @@ def test_any_history_of_writes_leaves_a_whole_file(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------- under an open shard
 
 
+def replace_shard(folder: Path) -> None:
+    with UserStore(folder, 1, LAYOUT) as other:
+        other.set_aside(0)
+        other.write(block_of(MANY[:10], 1), 1)
+
+
 def test_a_shard_that_another_process_set_aside_is_opened_anew(tmp_path: Path) -> None:
     filled(tmp_path)
-
-    def replace_shard() -> None:
-        with UserStore(tmp_path, 1, LAYOUT) as other:
-            other.set_aside(0)
-            other.write(block_of(MANY[:10], 1), 1)
-
     with UserStore(tmp_path, 1, LAYOUT) as opened:
         assert_equal(opened.read(MANY, 3), block_of(MANY, 2))
-        assert exit_code(replace_shard) == 0
+        assert exit_code(lambda: replace_shard(tmp_path)) == 0
         assert_equal(opened.read(MANY[:10], 3), block_of(MANY[:10], 1))
         assert_equal(opened.read(MANY[10:], 3), LAYOUT.fresh(MANY[10:]))
         assert opened.begun_anew(0)
+
+
+def test_a_shard_set_aside_while_it_is_opened_takes_no_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(tmp_path)
+    open_environment = lmdb.open
+
+    def opened_too_late(*place: Any, **options: Any) -> Any:
+        environment = open_environment(*place, **options)
+        monkeypatch.undo()
+        assert exit_code(lambda: replace_shard(tmp_path)) == 0
+        return environment
+
+    monkeypatch.setattr(lmdb, "open", opened_too_late)
+    with UserStore(tmp_path, 1, LAYOUT) as opened:
+        assert_equal(opened.read(MANY, 3), block_of(MANY, 2))
+        opened.write(block_of(MANY[:10], 3), 3)
+    with UserStore(tmp_path, 1, LAYOUT) as opened:
+        assert_equal(opened.read(MANY[:10], 4), block_of(MANY[:10], 3))
+        assert_equal(opened.read(MANY[:10], 3), block_of(MANY[:10], 1))
 
 
 def test_a_file_cut_short_under_an_open_shard_is_found(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_block_of_another_layout_is_refused(field: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("round_index", [-1, MAX_ROUND + 1])
-def test_a_round_that_no_key_holds_is_refused(round_index: int) -> None:
+def test_a_round_that_no_record_holds_is_refused(round_index: int) -> None:
     with pytest.raises(StoreError, match="round must lie in"):
         LAYOUT.encode(ONE, round_index)
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from client.state import RecordLayout, UserBlock, join
+from client.state import FORMAT_VERSION, MAX_ROUND, RecordLayout, UserBlock, join
 from client.store import MANIFEST_NAME, UserStore, shard_of
 from federation.errors import StoreError
 from tests.child import exit_code
@@ -144,8 +144,8 @@ TestStoreMachine.settings = settings(max_examples=15, stateful_step_count=15, de
 
 @settings(max_examples=15, deadline=None)
 @given(ids=st.lists(st.integers(-(2**63), 2**63 - 1), unique=True, max_size=20), data=st.data())
-def test_keys_of_any_users_and_rounds_stand_apart(ids: list[int], data: st.DataObject) -> None:
-    far = st.integers(0, 2**32 - 2)
+def test_any_two_rounds_of_any_users_stand_apart(ids: list[int], data: st.DataObject) -> None:
+    far = st.integers(0, MAX_ROUND)
     early, late = sorted(data.draw(st.lists(far, min_size=2, max_size=2, unique=True)))
     with tempfile.TemporaryDirectory() as folder, UserStore(Path(folder), 2, LAYOUT) as opened:
         users = np.array(ids, dtype=np.int64)
@@ -190,9 +190,11 @@ def test_what_was_compacted_is_refused_rather_than_fresh(store: UserStore) -> No
     assert_equal(store.read(IDS, 5), block_of(IDS, 1))
 
 
-def test_a_user_twice_in_a_block_is_refused(store: UserStore) -> None:
-    with pytest.raises(StoreError, match="2 rows of user 7"):
-        store.write(block_of(np.array([3, 7, 7]), 1), 1)
+def test_a_user_twice_is_refused(store: UserStore) -> None:
+    twice = np.array([3, 7, 7])
+    for call in (lambda: store.write(block_of(twice, 1), 1), lambda: store.read(twice, 1)):
+        with pytest.raises(StoreError, match="2 rows of user 7"):
+            call()
     assert store.count() == 0
 
 
@@ -323,6 +325,13 @@ def test_a_disk_that_takes_no_more_keeps_what_was_there(tmp_path: Path) -> None:
 def test_a_store_of_another_shape_is_refused(store: UserStore, shards: int, layout: RecordLayout) -> None:
     with pytest.raises(StoreError, match="asked for"):
         UserStore(store.folder, shards, layout)
+
+
+def test_a_store_of_another_version_is_left_to_it(store: UserStore) -> None:
+    manifest = store.folder / MANIFEST_NAME
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": FORMAT_VERSION - 1}))
+    with pytest.raises(StoreError, match=r"another version of fedquilt.* finish it with that one, or start in"):
+        UserStore(store.folder, 3, LAYOUT)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[", json.dumps({"format": "other"}).encode()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from federation.errors import RunError
+from federation.errors import ConfigError, RunError
+from federation.streams import Streams
 from simulations import documents
-from simulations.benchmarks import aggregation, pipeline, population, workers
+from simulations.benchmarks import aggregation, pipeline, population, scaling
 from simulations.benchmarks.clock import in_turns, one_thread
-from simulations.benchmarks.commands import bench
+from simulations.benchmarks.commands import bench, record_of
 from simulations.benchmarks.federations import Laps, synthetic
 from simulations.benchmarks.figures import FIGURES, figures
+from simulations.cohorts import draw_cohort
 from simulations.work.worker import Worker
 from tests.simulations.tiny import tiny_config
 
@@ -89,6 +92,13 @@ def test_updates_are_admissible_and_not_clipped() -> None:
     assert all(section.rows_ukw.equal(block.sections[name].rows_ukw) for name, section in admitted.sections.items())
 
 
+def test_dense_clients_are_users_of_the_first_block() -> None:
+    with pytest.raises(ConfigError, match=r"first block, which has 5, not 20; .*--clients"):
+        aggregation.measure(users=5, block=128, clients=20, repetitions=3)
+    with pytest.raises(ConfigError, match="which has 8, not 9"):
+        aggregation.measure(users=16, block=8, clients=9, repetitions=3)
+
+
 def test_aggregation_counts_updates_by_medians() -> None:
     seconds = {
         "sparse": (9.0, 0.5, 0.1),
@@ -145,11 +155,29 @@ def test_a_population_that_cannot_run_is_an_error_and_not_a_wait() -> None:
         population._next_round(connections[3], 3)
 
 
+def test_a_federation_that_no_one_listens_to_ends_quietly() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    ours.send("next round")
+    ours.close()
+    population._rounds_when_told(theirs, synthetic(registered=8, cohort=4, rounds=2, workers=0))
+    with pytest.raises(BrokenPipeError):
+        theirs.send("heard by nobody")
+
+
+def test_nobody_comes_twice() -> None:
+    with pytest.raises(ConfigError, match="rounds of 4 users need 20, the smallest has 19"):
+        population.measure((10**6, 19), cohort=4, rounds=3, memory_rounds=4)
+    config = synthetic(registered=20, cohort=4, rounds=5, workers=0)
+    cohorts = [draw_cohort(range(20), config.federation, Streams(config.seed), index) for index in range(1, 6)]
+    assert len(set(np.concatenate(cohorts))) == 20
+
+
 def test_population_states_medians_and_the_last_memory() -> None:
-    measured = population.Population(
+    measured = population.PopulationCost(
         synthetic(40, 4, 3, workers=0),
         {40: [9.0, 1.0, 2.0], 80: [3.0, 3.0, 1.0]},
         {40: [10.0, 30.0, 20.0], 80: [5.0, 5.0, 6.0]},
+        2,
         {"driver": [0.0, 9.0, 1.0, 1.5, 2.0, 2.5], "worker": [4.0] * 6},
     )
     assert measured.line == {
@@ -158,22 +186,22 @@ def test_population_states_medians_and_the_last_memory() -> None:
         "driver_mib": [20.0, 6.0],
         "mib_per_100_rounds": {"driver": 50.0, "worker": 0.0},
     }
-    check_record(measured.record(), measured.line, "population")
+    check_record(record_of(measured, "population", "population"), measured.line, "population")
 
 
 # -------------------------------------------------------------------------------- workers
 
 
 def test_runs_of_one_federation_are_equal() -> None:
-    scaling = workers.measure((0,), registered=40, cohort=4, rounds=2, repetitions=2)
-    assert (len(scaling.round_seconds[0]), len(set(scaling.checksums[0]))) == (4, 1)
-    assert scaling.line["equal"] is True
-    check_record(scaling.record(), scaling.line, "workers")
+    measured = scaling.measure((0,), registered=40, cohort=4, rounds=2, repetitions=2)
+    assert (len(measured.round_seconds[0]), len(set(measured.checksums[0]))) == (4, 1)
+    assert measured.line["equal"] is True
+    check_record(record_of(measured, "workers", "workers"), measured.line, "workers")
 
 
 def test_speed_up_and_inequality() -> None:
     config = synthetic(40, 4, 1, workers=0)
-    line = workers.Scaling(config, {1: (2.0, 1.0, 9.0), 2: (1.25,)}, {1: ("a", "a"), 2: ("a", "b")}).line
+    line = scaling.Scaling(config, {1: (2.0, 1.0, 9.0), 2: (1.25,)}, {1: ("a", "a"), 2: ("a", "b")}).line
     assert line == {"workers": [1, 2], "users_per_second": [2.0, 3.2], "speed_up": 1.6, "equal": False}
 
 
@@ -181,10 +209,12 @@ def test_speed_up_and_inequality() -> None:
 
 
 def test_a_pipeline_is_measured_round_by_round() -> None:
-    measured = pipeline.measure(tiny_config("federation.cohort=8"), rounds=2)
+    measured = pipeline.measure(tiny_config("federation.cohort=8", "gate.warmup=3"), rounds=2)
     assert (len(measured.simulate), len(measured.engine)) == (2, 2)
     assert measured.line["share_of_engine"] > 0
-    check_record(measured.record(), measured.line, "pipeline")
+    ran = measured.details["config"]
+    assert (ran["federation"]["rounds"], ran["gate"]["warmup"]) == (3, 0)
+    check_record(record_of(measured, "pipeline", "pipeline"), measured.line, "pipeline")
 
 
 def test_the_parts_of_a_round_share_no_time() -> None:
@@ -251,6 +281,7 @@ def test_figures_are_rows_of_equal_length() -> None:
 
 def test_what_was_not_measured_has_no_row() -> None:
     record = dict.fromkeys(FIGURES["throughput"], 1.0) | {"workload": "w1", "flower": None}
+    record["differences"] = {"engine_bf16": 1.0}
     words = [row[0] for row in figures(record, "throughput")]
     assert "Flower's simulation" not in words
     assert len(words) == len(FIGURES["throughput"]) - 1
@@ -260,7 +291,7 @@ def test_a_document_shows_a_benchmark_and_a_runs_scale(tmp_path: Path, monkeypat
     monkeypatch.setattr(documents, "HOUSE", tmp_path)
     of_workers = {"kind": "workers", "workers": [1, 2], "users_per_second": [2.0, 3.0], "speed_up": 1.5, "equal": True}
     (tmp_path / "workers.json").write_text(json.dumps(of_workers))
-    run = {"visits": {"users": 10**6}, "seconds": 600, "peak_mib": 1.0, "object_store_mib": 2.0, "bytes_per_user": 99.5}
+    run = {"users": 10**6, "seconds": 600, "peak_mib": 1.0, "object_store_mib": 2.0, "bytes_per_user": 99.5}
     (tmp_path / "million.json").write_text(json.dumps(run))
     text = "\n".join(f"<!-- {kind} -->\n<!-- end -->" for kind in ("bench: workers.json", "scale: million.json"))
     lines = documents.rendered(text).splitlines()

@@ -10,7 +10,6 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-import simulations.runs
 from simulations.cli import EXPERIMENTS, app, experiment_path
 
 TINY = Path(__file__).parent / "tiny.toml"
@@ -121,14 +120,23 @@ def test_someone_elses_client_on_the_path_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "client.py") in done.stderr
 
 
-def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "stopped_in", "said"),
+    [
+        (("simulate", TINY), "simulations.runs.run", "stopped; continue with --resume\n"),
+        (("sweep", TINY), "simulations.sweep.plan", "stopped; continue with the same command\n"),
+        (("bench", "aggregation"), "simulations.benchmarks.aggregation.measure", "stopped\n"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(
+    command: tuple[object, ...], stopped_in: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(simulations.runs, "run", stopped)
-    result = fedquilt("simulate", TINY, "--out", tmp_path / "run")
-    assert result.exit_code == 130
-    assert "continue with --resume" in result.stderr
+    monkeypatch.setattr(stopped_in, stopped)
+    result = fedquilt(*command, "--out", tmp_path / "out")
+    assert (result.exit_code, result.stderr) == (130, said)
 
 
 def test_our_experiments_are_found_by_name_and_can_be_read() -> None:

@@ -1,9 +1,10 @@
 """The throughput benchmark: every side does the same task, each is what it says, and figures are arithmetic."""
 
-import importlib.util
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from simulations.benchmarks.throughput import Throughput, engines, measure, rela
 from simulations.benchmarks.workloads import ROUND, WORKLOADS, WorkloadPopulation, task, workload
 from simulations.cli import app
 from simulations.populations import make_population
+from simulations.work.environment import WORKER_ENVIRONMENT
 from simulations.work.worker import Broadcast, Worker, train_block
 from simulations.work.workers import InProcess
 
@@ -224,15 +226,28 @@ def test_a_peer_that_dies_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatc
     assert "Traceback" in peer._log.read_text()
 
 
+def test_a_peer_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(turns, "ROUND_SECONDS", 0.2)
+    monkeypatch.setattr(turns, "_PATIENCE_SECONDS", 0.1)
+    peer = peer_of(monkeypatch, "import time; time.sleep(100)")
+    with pytest.raises(RunError, match=r"at most 0.2 s, fake has not answered by then; .*--only engine"), peer:
+        peer.round()
+    assert peer._process.returncode == -signal.SIGTERM
+
+
+def test_a_peer_has_the_environment_of_our_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    script = f"import os; raise ValueError(os.environ.items() >= {WORKER_ENVIRONMENT}.items())"
+    peer = peer_of(monkeypatch, script)
+    with pytest.raises(RunError, match="ValueError: True"), peer:
+        peer.round()
+
+
 def test_a_missing_peer_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(turns.PEERS, "fake", PeerKind(("flwr", "no_such_package")))
     with pytest.raises(RunError, match=r"'fake' needs no_such_package, .*fedquilt\[bench\].*--only engine"):
         measure(workload("w1"), 3, ("fake",))
-
-
-def test_pfl_is_a_peer_that_may_be_missing() -> None:
-    needed = {package for kind in turns.PEERS.values() for package in kind.packages}
-    assert {name for name in needed if importlib.util.find_spec(name) is None} <= {"pfl"}
 
 
 # -------------------------------------------------------------------------------- figures
@@ -287,8 +302,11 @@ def test_the_command_prints_one_line_and_leaves_a_record(tmp_path: Path, monkeyp
     assert list(line)[: len(KEYS)] == KEYS
     assert (line["flower"], line["pfl"]) == (None, None)
     assert line["max_relative_difference"] < 1e-5
-    assert 0 < line["gemm_share"] < 1
     record = json.loads((tmp_path / "speed" / "throughput-w1.json").read_text())
+    rate = record["users"] / median(record["seconds"]["engine_fp32"])
+    share = rate * record["flops_per_user"] / (1e9 * record["peak_gflops"])
+    assert 0 < share < 1
+    assert line["gemm_share"] == pytest.approx(share, abs=1e-3)
     assert {key: record[key] for key in line} == line
     assert (record["kind"], record["users"], record["block"], record["processes"]) == ("throughput", 4, 2, 2)
     assert {side: len(taken) for side, taken in record["seconds"].items()} == dict.fromkeys(record["differences"], 3)

@@ -95,6 +95,7 @@ def run(given: Task, rounds: int, turns: Turns) -> None:
         "num_cpus": PROCESSES,
         "logging_level": "error",
         "log_to_driver": False,
+        "_system_config": {"worker_niceness": 0},  # as our own workers have it; 15 by default
     }
     run_simulation(
         server,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -27,9 +28,12 @@ from torch import Tensor
 
 from federation.errors import RunError
 from simulations.benchmarks.workloads import PROCESSES, Task
+from simulations.work.environment import WORKER_ENVIRONMENT
 
 MEANS_NAME = "means.safetensors"
-_PATIENCE_SECONDS = 20
+ROUND_SECONDS = 1800.0
+"""How long a peer may take to begin and do one round. At the sizes of `make bench` it takes less than a minute."""
+_PATIENCE_SECONDS = 20.0
 
 
 class Turns:
@@ -84,7 +88,8 @@ def check_installed(names: Iterable[str]) -> None:
 class Peer:
     """The parent's end, a context in which the process lives. It trains the first of a task's users, `self.users`.
 
-    Raises RunError when it ends before its time, with the error it said, and leaves the file with all it said.
+    Raises RunError when it ends before its time, with the error it said, or when a round takes longer than
+    `ROUND_SECONDS`; then it leaves the file with all it said.
     """
 
     def __init__(self, name: str, given: Task, rounds: int) -> None:
@@ -104,7 +109,7 @@ class Peer:
                 stderr=log,
                 text=True,
                 start_new_session=True,  # so that Ctrl-C comes to the parent alone, which then ends the whole group
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env=os.environ | WORKER_ENVIRONMENT,
             )
         return self
 
@@ -116,13 +121,7 @@ class Peer:
 
     def round(self) -> float:
         """One round, in seconds."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            print(file=self._process.stdin, flush=True)
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
+        answer = self._answer()
         if not answer:
             code, log = self._process.wait(), self._log.read_text(errors="replace")
             raise RunError(
@@ -130,6 +129,19 @@ class Peer:
                 f"all it said is in {self._log}; --only engine measures without peers"
             )
         return float(json.loads(answer))
+
+    def _answer(self) -> str:
+        """What the peer says when it is told to do a round: a line, nothing when it has ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):  # then there is nothing to read either
+            print(file=self._process.stdin, flush=True)
+        if not select.select([self._process.stdout], [], [], ROUND_SECONDS)[0]:
+            raise RunError(
+                f"a round takes at most {ROUND_SECONDS:g} s, {self.name} has not answered by then; all it said is in "
+                f"{self._log}; give fewer --users, or measure without peers: --only engine"
+            )
+        return self._process.stdout.readline()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -10,8 +10,7 @@ from statistics import median
 from typing import Any
 
 from federation.config import RunConfig
-from simulations.benchmarks.federations import Laps, started, synthetic
-from simulations.record import provenance
+from simulations.benchmarks.federations import Laps, settings, started, synthetic
 
 WARMUP = 1
 """Rounds that are not counted: in the first, workers make the parts of the federation."""
@@ -40,15 +39,11 @@ class Scaling:
             "equal": len({checksum for found in self.checksums.values() for checksum in found}) == 1,
         }
 
-    def record(self) -> dict[str, Any]:
-        """The record of this measurement."""
+    @property
+    def details(self) -> dict[str, Any]:
+        """What else the record holds."""
         return {
-            "kind": "workers",
-            "name": "workers",
-            **provenance(),
-            "seed": self.config.seed,
-            "config": self.config.model_dump(mode="json", exclude={"evaluate"}),
-            **self.line,
+            **settings(self.config),
             "round_seconds": list(map(list, self.round_seconds.values())),
             "checksums": list(map(list, self.checksums.values())),
         }
