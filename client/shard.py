@@ -168,11 +168,6 @@ class Shard:
             raise StoreError(f"{self.place} is damaged and cannot be renamed ({error}); rename it by hand") from error
         return aside
 
-    @property
-    def begun_anew(self) -> bool:
-        """Whether the shard takes the place of one that was set aside."""
-        return any(self._folder.parent.glob(f"{self._folder.name}{_ASIDE}*"))
-
     def close(self) -> None:
         """Closes what is open. Using the shard again opens it again."""
         if self._opened is not None:

@@ -145,10 +145,6 @@ class UserStore:
         """
         return self._shards[shard].set_aside()
 
-    def begun_anew(self, shard: int) -> bool:
-        """Whether a shard takes the place of one that was set aside."""
-        return self._shards[shard].begun_anew
-
     def close(self) -> None:
         """Close the shards that this process opened. Using the store again opens them again."""
         if self._process == os.getpid():

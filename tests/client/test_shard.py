@@ -81,9 +81,7 @@ def test_a_damaged_file_is_named_and_the_shard_goes_on_without_it(tmp_path: Path
                 with pytest.raises(DamagedShardError, match=r"^shard 0 .* is damaged .*set it aside") as raised:
                     call()
                 assert raised.value.shard == 0
-            assert not opened.begun_anew(0)
             aside = opened.set_aside(0)
-            assert opened.begun_anew(0)
             assert aside.name == "shard-0000.damaged-1"
             assert_equal(opened.read(MANY, 3), LAYOUT.fresh(MANY))
             opened.write(block_of(MANY, 3), 3)
@@ -110,7 +108,6 @@ def test_a_shard_whose_folder_is_gone_begins_anew(tmp_path: Path) -> None:
     shutil.rmtree(data_file(tmp_path).parent)
     with UserStore(tmp_path, 1, LAYOUT) as opened:
         assert_equal(opened.read(MANY, 3), LAYOUT.fresh(MANY))
-        assert not opened.begun_anew(0)
 
 
 def test_the_second_damage_takes_the_second_name(tmp_path: Path) -> None:
@@ -122,7 +119,6 @@ def test_the_second_damage_takes_the_second_name(tmp_path: Path) -> None:
         assert opened.set_aside(1).name == "shard-0001.damaged-2"
     with UserStore(tmp_path, 2, LAYOUT) as opened:
         after = opened.read(MANY, 2)
-        assert (opened.begun_anew(0), opened.begun_anew(1)) == (False, True)
     fresh = (after.visits_u == 0).numpy()
     assert 2300 < fresh.sum() < 2700
     assert_equal(after.take(np.flatnonzero(~fresh)), before.take(np.flatnonzero(~fresh)))
@@ -306,7 +302,6 @@ def test_a_shard_that_another_process_set_aside_is_opened_anew(tmp_path: Path) -
         assert exit_code(lambda: replace_shard(tmp_path)) == 0
         assert_equal(opened.read(MANY[:10], 3), block_of(MANY[:10], 1))
         assert_equal(opened.read(MANY[10:], 3), LAYOUT.fresh(MANY[10:]))
-        assert opened.begun_anew(0)
 
 
 def test_a_shard_set_aside_while_it_is_opened_takes_no_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
