@@ -15,10 +15,10 @@ from client.store import shard_of
 from federation.config import RunConfig
 from federation.data.population import as_array
 from federation.streams import UserIds
+from simulations.compute.worker import Worker, blocks, mended
+from simulations.compute.workers import Workers
 from simulations.federate import STORE_NAME, cohort_of, cut, shards_of
 from simulations.setup import Setup
-from simulations.work.worker import Worker, blocks, mended
-from simulations.work.workers import Workers
 
 _READ_USERS = 1 << 14
 

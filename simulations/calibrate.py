@@ -19,9 +19,9 @@ from client.round import RoundState
 from federation.config import RunConfig
 from federation.data.population import as_array
 from federation.errors import ConfigError, RunError
+from simulations.compute.worker import Broadcast, Worker, out_of_memory, train_block
+from simulations.compute.workers import start_workers
 from simulations.setup import first_pool, set_up
-from simulations.work.worker import Broadcast, Worker, out_of_memory, train_block
-from simulations.work.workers import start_workers
 
 MIN_SECONDS, MIN_REPETITIONS = 1.0, 3
 GIVE_UP_AFTER = 2

@@ -22,12 +22,12 @@ from federation.errors import PopulationError
 from federation.pool.spec import SECTION_PREFIX
 from federation.streams import UserIds
 from simulations.cached import fitted_weights, mixed_loss
+from simulations.compute.worker import Job, blocks
+from simulations.compute.workers import Workers
 from simulations.methods import Method, methods_of
 from simulations.progress import Progress, Stage
 from simulations.serve import Plan, Served, Trained, propose_masks, serve_block
 from simulations.statistics import Floats
-from simulations.work.worker import Job, blocks
-from simulations.work.workers import Workers
 
 
 @dataclass(frozen=True)

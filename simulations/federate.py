@@ -24,11 +24,11 @@ from federation.streams import UserIds
 from server import checkpoint
 from server.round import ServerState, close, from_checkpoint, to_parts
 from simulations.cohorts import draw_cohort
+from simulations.compute.memory import largest, private_memory, total
+from simulations.compute.placement import Shard
+from simulations.compute.worker import Broadcast, ChunkReport, merge_reports, run_chunk, run_on_store
+from simulations.compute.workers import Workers
 from simulations.setup import Setup
-from simulations.work.memory import largest, private_memory, total
-from simulations.work.placement import Shard
-from simulations.work.worker import Broadcast, ChunkReport, merge_reports, run_chunk, run_on_store
-from simulations.work.workers import Workers
 
 HISTORY_NAME = "rounds.jsonl"
 CHECKPOINTS_NAME = "checkpoints"

@@ -17,13 +17,13 @@ from federation.pool.model import PooledModel
 from federation.update import Values
 from server.checkpoint import checksum
 from server.round import from_checkpoint
+from simulations.compute.worker import Worker
 from simulations.federate import last_checkpoint
 from simulations.methods import known_methods
 from simulations.record import read_record
 from simulations.runs import MAIN
 from simulations.serve import Plan, Trained, payload, personalised, propose_masks, start_of, tune
 from simulations.setup import Setup
-from simulations.work.worker import Worker
 
 METHOD = "dsa_t2"
 

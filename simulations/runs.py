@@ -19,6 +19,7 @@ from server.checkpoint import checksum
 from server.checkpoint import rounds as checkpointed_rounds
 from simulations.audit import Audit, audit
 from simulations.cached import check_methods
+from simulations.compute.workers import Workers, on_device, start_workers
 from simulations.evaluate import Evaluation, evaluate, federated_users
 from simulations.federate import CHECKPOINTS_NAME, RoundReport, federate, identity, last_checkpoint, read_history
 from simulations.methods import methods_of, sources_of
@@ -39,7 +40,6 @@ from simulations.record import (
 )
 from simulations.serve import Trained
 from simulations.setup import first_pool, set_up, wrap
-from simulations.work.workers import Workers, on_device, start_workers
 
 CONFIG_NAME = "config.json"
 POPULATION_NAME = "population.json"

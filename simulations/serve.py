@@ -24,11 +24,11 @@ from federation.state import GATE_SECTION
 from federation.streams import UserIds
 from federation.update import Schema, Section, SectionSpec, Values
 from simulations.cached import TargetFigures, target_figures
+from simulations.compute.devices import CPU, making_tensors_on, moved
+from simulations.compute.worker import Worker
 from simulations.methods import Method, Tuned
 from simulations.setup import Setup
 from simulations.statistics import Floats
-from simulations.work.devices import CPU, making_tensors_on, moved
-from simulations.work.worker import Worker
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import numpy as np
 from federation.config import FREE_SETTINGS, RunConfig, load_config, parse
 from federation.errors import ConfigError, RunError
 from simulations.comparison import MeasuredRun, Setting, compare
+from simulations.compute.workers import on_device
 from simulations.progress import Progress
 from simulations.record import RECORD_NAME, USERS_NAME, paired, provenance, read_record, write_json
 from simulations.runs import CONFIG_NAME, run
-from simulations.work.workers import on_device
 
 SWEEP_NAME = "sweep.json"
 

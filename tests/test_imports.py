@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "simulations": {"federation", "strategies", "client", "server"},
 }
 ONLY_IN = {
-    "ray": {"simulations/work/cluster.py", "simulations/work/ray_workers.py"},
+    "ray": {"simulations/compute/cluster.py", "simulations/compute/ray_workers.py"},
     "flwr": {
         "client/app.py",
         "server/app.py",

@@ -35,7 +35,7 @@ from federation.update import Values
 from server import checkpoint
 from server.round import lift
 from simulations.benchmarks.federations import Federation, Laps, settings, started
-from simulations.work.worker import Worker, blocks
+from simulations.compute.worker import Worker, blocks
 
 WARMUP = 1
 """Rounds that are not counted: in the first, workers make the parts of the federation."""

@@ -4,7 +4,7 @@ Each population has a process of its own that does a federation's whole work: a 
 user store and a checkpoint after each round. Nobody comes twice, so all stores do the same. They take turns, round by
 round, so that a busy machine slows all alike.
 
-Memory is what a process holds for itself, see `simulations.work.memory`.
+Memory is what a process holds for itself, see `simulations.compute.memory`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import numpy as np
 from federation.config import RunConfig
 from federation.errors import ConfigError, RunError
 from simulations.benchmarks.federations import Laps, settings, started, synthetic
-from simulations.work.memory import private_memory
-from simulations.work.worker import Worker
+from simulations.compute.memory import private_memory
+from simulations.compute.worker import Worker
 
 WARMUP = 2
 """Rounds that are not counted, of each population."""

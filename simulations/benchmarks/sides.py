@@ -16,10 +16,10 @@ from federation.config import RunConfig
 from server.round import ServerState, begin, close
 from simulations.benchmarks.peers.naive import add, naive_job
 from simulations.benchmarks.workloads import PROCESSES, ROUND, Task
+from simulations.compute.worker import Broadcast, Worker, train_users
+from simulations.compute.workers import Workers
 from simulations.populations import make_population
 from simulations.setup import Setup, set_up, wrap
-from simulations.work.worker import Broadcast, Worker, train_users
-from simulations.work.workers import Workers
 
 Means = Mapping[str, Tensor]
 """Mean difference of each row over the users that train it, (R, d_in + d_out) by section."""

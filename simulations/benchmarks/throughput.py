@@ -31,7 +31,7 @@ from simulations.benchmarks.flops import flops_per_user, gemm_job
 from simulations.benchmarks.peers.turns import PEERS, Peer, check_installed
 from simulations.benchmarks.sides import Engine, Means, Naive, Side
 from simulations.benchmarks.workloads import PROCESSES, SEED, Workload, task
-from simulations.work.workers import Workers, start_workers
+from simulations.compute.workers import Workers, start_workers
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from client.store import UserStore, shard_of
 from federation.streams import UserIds
 from simulations.audit import Audit, audit
 from simulations.cohorts import draw_cohort
-from simulations.work.workers import start_workers
+from simulations.compute.workers import start_workers
 from tests.simulations.tiny import simulate, tiny_config, tiny_setup
 
 CONFIG = tiny_config()

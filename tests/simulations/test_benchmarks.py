@@ -22,7 +22,7 @@ from simulations.benchmarks.commands import bench, record_of
 from simulations.benchmarks.federations import Laps, synthetic
 from simulations.benchmarks.figures import FIGURES, figures
 from simulations.cohorts import draw_cohort
-from simulations.work.worker import Worker
+from simulations.compute.worker import Worker
 from tests.simulations.tiny import tiny_config
 
 PROVENANCE = {"kind", "command", "commit", "versions", "machine"}

@@ -10,9 +10,9 @@ from federation.errors import ConfigError, RunError
 from simulations import calibrate
 from simulations.calibrate import Rate, with_block
 from simulations.cli import app
-from simulations.work.environment import WORKER_ENVIRONMENT
-from simulations.work.worker import Worker
-from simulations.work.workers import InProcess
+from simulations.compute.environment import WORKER_ENVIRONMENT
+from simulations.compute.worker import Worker
+from simulations.compute.workers import InProcess
 from tests.simulations.tiny import tiny_config
 
 

@@ -14,7 +14,7 @@ from client.state import UserBlock
 from client.store import UserStore, shard_of
 from federation.errors import DamagedShardError, FedquiltWarning
 from simulations.cohorts import draw_cohort
-from simulations.work.worker import Broadcast, ChunkReport, Worker, mended, merge_reports, perform, run_chunk
+from simulations.compute.worker import Broadcast, ChunkReport, Worker, mended, merge_reports, perform, run_chunk
 from tests.simulations.tiny import Interrupt, interrupt_at, simulate, tiny_config, tiny_setup
 
 DAMAGED = 1

@@ -23,6 +23,8 @@ from federation.formats import RowFormat
 from federation.state import GATE_SECTION
 from federation.streams import Streams, UserIds
 from federation.update import Schema, Section, SectionSpec
+from simulations.compute.worker import Worker
+from simulations.compute.workers import InProcess
 from simulations.evaluate import Evaluation, MethodResult, evaluate, evaluated_users, federated_users, plans_of
 from simulations.methods import Method, known_methods
 from simulations.populations import POPULATIONS, make_population
@@ -42,8 +44,6 @@ from simulations.serve import (
     tune,
 )
 from simulations.setup import Setup
-from simulations.work.worker import Worker
-from simulations.work.workers import InProcess
 from tests import models
 from tests.simulations.tiny import tiny_config
 

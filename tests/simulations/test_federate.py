@@ -21,6 +21,9 @@ from federation.state import GATE_SECTION
 from federation.streams import UserIds
 from server.checkpoint import checksum, rounds
 from simulations.cohorts import draw_cohort
+from simulations.compute.ray_workers import RayWorkers
+from simulations.compute.worker import Broadcast, Worker, run_chunk
+from simulations.compute.workers import InProcess
 from simulations.federate import (
     RoundReport,
     cut,
@@ -33,9 +36,6 @@ from simulations.methods import methods_of
 from simulations.populations.synthetic import SyntheticPopulation
 from simulations.record import read_record
 from simulations.runs import MAIN, run
-from simulations.work.ray_workers import RayWorkers
-from simulations.work.worker import Broadcast, Worker, run_chunk
-from simulations.work.workers import InProcess
 from tests.simulations.tiny import Interrupt, interrupt_at, simulate, tiny_config, tiny_setup
 
 # -------------------------------------------------------------------------------- who works

@@ -28,10 +28,10 @@ from simulations.benchmarks.sides import Means, Naive, setup_of
 from simulations.benchmarks.throughput import Throughput, engines, measure, relative_difference, sized
 from simulations.benchmarks.workloads import ROUND, WORKLOADS, WorkloadPopulation, task, workload
 from simulations.cli import app
+from simulations.compute.environment import WORKER_ENVIRONMENT
+from simulations.compute.worker import Broadcast, Worker, train_block
+from simulations.compute.workers import InProcess
 from simulations.populations import make_population
-from simulations.work.environment import WORKER_ENVIRONMENT
-from simulations.work.worker import Broadcast, Worker, train_block
-from simulations.work.workers import InProcess
 
 USERS = 6
 KEYS = ["workload", "naive", "engine_fp32", "engine_bf16", "flower", "pfl", "gemm_share", "max_relative_difference"]

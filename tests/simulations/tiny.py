@@ -7,10 +7,10 @@ from pathlib import Path
 
 from federation.config import RunConfig, load_config
 from server.checkpoint import checksum
+from simulations.compute.workers import start_workers
 from simulations.federate import RoundReport, federate, last_checkpoint
 from simulations.populations import make_population
 from simulations.setup import Setup, set_up, wrap
-from simulations.work.workers import start_workers
 
 TINY = (
     "population.name=synthetic",

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from federation.errors import RunError
 from simulations.benchmarks.workloads import PROCESSES, Task
-from simulations.work.environment import WORKER_ENVIRONMENT
+from simulations.compute.environment import WORKER_ENVIRONMENT
 
 MEANS_NAME = "means.safetensors"
 ROUND_SECONDS = 1800.0

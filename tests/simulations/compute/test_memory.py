@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simulations.work import memory
-from simulations.work.memory import largest, private_memory, total
+from simulations.compute import memory
+from simulations.compute.memory import largest, private_memory, total
 
 TAKEN_MIB = 64
 

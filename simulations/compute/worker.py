@@ -25,10 +25,10 @@ from federation.formats import quantise
 from federation.streams import Streams, UserIds
 from federation.update import UpdateBlock
 from server.round import lift
+from simulations.compute.devices import CPU, making_tensors_on, moved
+from simulations.compute.memory import Memory, largest, private_memory
 from simulations.populations import make_population
 from simulations.setup import Setup, set_up, wrap
-from simulations.work.devices import CPU, making_tensors_on, moved
-from simulations.work.memory import Memory, largest, private_memory
 from strategies.protocol import State
 
 Job = Callable[..., tuple[Any, Any]]

@@ -20,7 +20,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from federation.config import ComputeConfig
 from federation.errors import RunError
-from simulations.work.placement import check_room, described, resources_of
+from simulations.compute.placement import check_room, described, resources_of
 
 for harmless in ("Zero-copy tensor serialization", "The given NumPy array is not writable"):
     warnings.filterwarnings("ignore", message=harmless, category=UserWarning)  # nobody changes what was given

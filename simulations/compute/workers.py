@@ -15,8 +15,8 @@ import torch
 from federation.config import ComputeConfig, RunConfig
 from federation.errors import FedquiltWarning, RunError
 from server.tree import fold
-from simulations.work.placement import Shard
-from simulations.work.worker import Job, Worker, perform
+from simulations.compute.placement import Shard
+from simulations.compute.worker import Job, Worker, perform
 
 
 def ignore(position: int, report: Any) -> None:
@@ -102,7 +102,7 @@ def start_workers(config: RunConfig) -> Workers:
     if not config.compute.workers:
         return InProcess(config)
     _warn_of_idle_workers(config)
-    from simulations.work.ray_workers import RayWorkers
+    from simulations.compute.ray_workers import RayWorkers
 
     return RayWorkers(config)
 
@@ -127,7 +127,7 @@ def on_device(config: RunConfig) -> RunConfig:
 def _gpus(compute: ComputeConfig) -> tuple[str, int]:
     """Where the work would be done, and how many GPUs there are."""
     if compute.workers and compute.ray_address is not None:
-        from simulations.work.cluster import cluster_gpus
+        from simulations.compute.cluster import cluster_gpus
 
         return f"the Ray cluster at {compute.ray_address}", cluster_gpus(compute)
     return "torch on this machine", torch.cuda.device_count() if torch.cuda.is_available() else 0

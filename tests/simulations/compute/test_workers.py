@@ -12,14 +12,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import simulations.work.worker
-import simulations.work.workers
+import simulations.compute.worker
+import simulations.compute.workers
 from client.round import RoundState
 from client.state import UserBlock
 from federation.config import RunConfig
 from federation.errors import FedquiltWarning, RunError
 from server.checkpoint import checksum
 from simulations.cli import app
+from simulations.compute.devices import CPU, making_tensors_on, moved
+from simulations.compute.worker import halving_blocks
+from simulations.compute.workers import InProcess, on_device, start_workers
 from simulations.evaluate import Evaluation, evaluate
 from simulations.federate import cohort_of, cut, federate, last_checkpoint, load_state, read_history
 from simulations.populations import make_population
@@ -27,9 +30,6 @@ from simulations.progress import Silent
 from simulations.record import users_table
 from simulations.runs import run
 from simulations.serve import Trained
-from simulations.work.devices import CPU, making_tensors_on, moved
-from simulations.work.worker import halving_blocks
-from simulations.work.workers import InProcess, on_device, start_workers
 from tests.elsewhere import ELSEWHERE, elsewhere
 from tests.simulations.tiny import simulate, tiny_config, tiny_setup
 
@@ -161,7 +161,7 @@ def test_a_run_whose_blocks_were_halved_trains_everyone_and_is_not_called_identi
 ) -> None:
     config = tiny_config("federation.rounds=3")
     whole = run(config, tmp_path / "whole")
-    real, failed = simulations.work.worker.local_round, []
+    real, failed = simulations.compute.worker.local_round, []
 
     def local_round(model: object, state: RoundState, users: UserBlock, *others: object) -> object:
         if state.round_index >= 2 and len(users) > 2:
@@ -169,7 +169,7 @@ def test_a_run_whose_blocks_were_halved_trains_everyone_and_is_not_called_identi
             raise exhausted()
         return real(model, state, users, *others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(simulations.work.worker, "local_round", local_round)
+    monkeypatch.setattr(simulations.compute.worker, "local_round", local_round)
     halved = run(config, tmp_path / "halved")
     assert failed == [2]  # a size that does not fit is not tried again
     setup = tiny_setup(config)
@@ -198,7 +198,7 @@ def test_workers_in_each_others_way_are_warned_of(
     monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, workers: int, cores: int, words: list[str]
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores))
-    monkeypatch.setattr("simulations.work.ray_workers.RayWorkers", lambda config: None)
+    monkeypatch.setattr("simulations.compute.ray_workers.RayWorkers", lambda config: None)
     start_workers(tiny_config(f"compute.workers={workers}"))
     said = [str(warning.message) for warning in recwarn if warning.category is FedquiltWarning]
     assert len(said) == len(words)
@@ -211,7 +211,7 @@ def test_without_a_bound_on_cores_all_of_them_count(
 ) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.setattr("simulations.work.ray_workers.RayWorkers", lambda config: None)
+    monkeypatch.setattr("simulations.compute.ray_workers.RayWorkers", lambda config: None)
     start_workers(tiny_config("compute.workers=3"))
     assert [str(warning.message).split(",")[0] for warning in recwarn] == ["3 workers of one thread share 2 cores"]
 

@@ -22,19 +22,19 @@ from ray.cluster_utils import Cluster as Machines
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 from ray.util.placement_group import placement_group, remove_placement_group
 
+import simulations.compute.cluster
+import simulations.compute.ray_workers
 import simulations.federate
-import simulations.work.cluster
-import simulations.work.ray_workers
 from client.store import UserStore
 from federation.config import RunConfig
 from federation.errors import FedquiltWarning, RunError, StoreError
 from server.checkpoint import checksum
+from simulations.compute.cluster import Cluster
+from simulations.compute.placement import Place, Shard
+from simulations.compute.ray_workers import RayWorkers
+from simulations.compute.worker import ChunkReport, Worker, run_chunk
+from simulations.compute.workers import on_device
 from simulations.federate import RoundReport, federate, last_checkpoint, read_history
-from simulations.work.cluster import Cluster
-from simulations.work.placement import Place, Shard
-from simulations.work.ray_workers import RayWorkers
-from simulations.work.worker import ChunkReport, Worker, run_chunk
-from simulations.work.workers import on_device
 from tests.simulations.tiny import simulate, tiny_config, tiny_setup
 
 MEGABYTE = 1_000_000
@@ -86,7 +86,7 @@ def test_what_the_cluster_cannot_hold_is_refused(machines: Machines, monkeypatch
         RayWorkers(config_on(machines, "compute.workers=4"))
     with Cluster(config_on(machines).compute) as cluster:
         cluster.reserve()
-        monkeypatch.setattr(simulations.work.cluster, "PATIENCE_SECONDS", 0.5)
+        monkeypatch.setattr(simulations.compute.cluster, "PATIENCE_SECONDS", 0.5)
         with pytest.raises(RunError, match=r"2 workers need 1 CPU each, the cluster had 1 CPU left for 0\.5 s"):
             cluster.reserve()
         with pytest.raises(RunError, match="this process is connected already"):
@@ -184,7 +184,7 @@ def test_with_a_worker_killed_in_mid_round_the_bits_are_the_same(
 def test_a_lost_report_is_made_again_up_to_three_times(
     workers: RayWorkers, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
-    real, losses = simulations.work.ray_workers._value, iter(range(times))
+    real, losses = simulations.compute.ray_workers._value, iter(range(times))
     replaced = workers.replaced
 
     def value(reference: Any) -> Any:
@@ -192,7 +192,7 @@ def test_a_lost_report_is_made_again_up_to_three_times(
             raise ObjectLostError(reference.hex(), None, "")
         return real(reference)
 
-    monkeypatch.setattr(simulations.work.ray_workers, "_value", value)
+    monkeypatch.setattr(simulations.compute.ray_workers, "_value", value)
     if times < 3:
         assert [position for position, _, _ in workers.run(place_of, [()])] == [0]
     else:
@@ -220,7 +220,7 @@ def test_a_job_that_fails_or_kills_its_workers_ends_the_run_with_words_and_resum
         if report.round_index == 3:
             monkeypatch.setattr(simulations.federate, "run_chunk", kill_oneself)
 
-    monkeypatch.setattr(simulations.work.ray_workers, "ATTEMPTS", 1)
+    monkeypatch.setattr(simulations.compute.ray_workers, "ATTEMPTS", 1)
     with pytest.raises(RunError, match=r"worker \d died in job \d of 3, as 0 before it .*compute\.block.*--resume"):
         federate(tiny_setup(tiny_config()), workers, range(60), tmp_path, False, from_now_on_kill)
     monkeypatch.undo()
@@ -231,10 +231,10 @@ def test_a_job_that_fails_or_kills_its_workers_ends_the_run_with_words_and_resum
 @pytest.mark.parametrize("error", [OutOfMemoryError("worker was killed"), RayActorError(error_msg="due to node OOM")])
 def test_a_worker_that_memory_may_have_ended_is_said_to(error: Exception) -> None:
     assert "lower compute.workers, or compute.block in a new run" in str(
-        simulations.work.ray_workers._given_up("worker 1 died", error)
+        simulations.compute.ray_workers._given_up("worker 1 died", error)
     )
     assert "memory" not in str(
-        simulations.work.ray_workers._given_up("worker 1 died", RayActorError(error_msg="its node was removed"))
+        simulations.compute.ray_workers._given_up("worker 1 died", RayActorError(error_msg="its node was removed"))
     )
 
 
@@ -256,7 +256,7 @@ def test_partials_are_merged_though_workers_die_and_partials_are_lost(workers: R
 def test_when_a_node_goes_its_shards_move_to_one_that_sees_their_files_though_it_has_no_room_for_its_worker(
     machines: Machines, workers: RayWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(simulations.work.ray_workers, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(simulations.compute.ray_workers, "PATIENCE_SECONDS", 1.0)
     for number in range(4):
         (tmp_path / "seen" / f"shard-{number:04d}").mkdir(parents=True)
         (tmp_path / "seen" / f"shard-{number:04d}" / "data.mdb").touch()

@@ -10,7 +10,7 @@ from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any
 
-from simulations.work.cluster import PATIENCE_SECONDS, Cluster, nodes_of  # isort: skip (sets what ray reads when imported)
+from simulations.compute.cluster import PATIENCE_SECONDS, Cluster, nodes_of  # isort: skip (sets what ray reads when imported)
 
 import ray
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
@@ -19,10 +19,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from federation.config import RunConfig
 from federation.errors import FedquiltWarning, RunError
 from server.tree import fold
-from simulations.work.environment import WORKER_ENVIRONMENT
-from simulations.work.placement import Backlog, FileIdentity, Place, Shard, deal, deal_again, resources_of, shards_in
-from simulations.work.worker import Job, Worker, perform
-from simulations.work.workers import ignore
+from simulations.compute.environment import WORKER_ENVIRONMENT
+from simulations.compute.placement import Backlog, FileIdentity, Place, Shard, deal, deal_again, resources_of, shards_in
+from simulations.compute.worker import Job, Worker, perform
+from simulations.compute.workers import ignore
 
 ATTEMPTS = 3
 """How often a job, a start or a fold may fail with a dead worker before we give up: it may well be what kills them."""

@@ -16,7 +16,7 @@ from client.state import RecordLayout
 from client.store import UserStore, shard_of
 from federation.config import ComputeConfig
 from federation.errors import RunError
-from simulations.work.placement import Backlog, check_room, deal, deal_again, resources_of, room, shards_in
+from simulations.compute.placement import Backlog, check_room, deal, deal_again, resources_of, room, shards_in
 
 GPU = ComputeConfig(workers=2, device="cuda", devices_per_worker=0.5)
 

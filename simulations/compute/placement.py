@@ -1,6 +1,6 @@
 """What is done where: what a worker needs, how many fit on a cluster, and which node owns which shard of the users.
 
-Pure functions of what the cluster and its nodes say; `simulations/work/ray_workers.py` asks them and acts.
+Pure functions of what the cluster and its nodes say; `simulations/compute/ray_workers.py` asks them and acts.
 """
 
 from __future__ import annotations
