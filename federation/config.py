@@ -149,6 +149,9 @@ class FederationConfig(Settings):
     checkpoint_every: PositiveInt = Field(1, description="rounds between checkpoints")
 
 
+Precision = Literal["fp32", "bf16"]
+
+
 class ComputeConfig(Settings):
     """Where the work is done, and how."""
 
@@ -157,7 +160,7 @@ class ComputeConfig(Settings):
     device: Literal["cpu", "cuda", "auto"] = Field("cpu", description="auto: cuda where there is one")
     devices_per_worker: float = Field(1.0, gt=0, le=1, description="GPUs of a worker; 0.5: two workers share one")
     ray_address: str | None = Field(None, description="a running Ray cluster to work on; a local one by default")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of forward and backward; rows stay fp32")
+    precision: Precision = Field("fp32", description="of forward and backward; rows stay fp32")
 
 
 class EvaluateConfig(Settings):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from federation.base import BaseModel
+from federation.config import Precision
 from federation.errors import ConfigError, PoolError
-
-Precision = Literal["fp32", "bf16"]
 
 _ATTENTION = "fedquilt_bmm"
 
