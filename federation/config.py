@@ -135,6 +135,8 @@ class LimitsConfig(Settings):
     pool_norm: PositiveFloat = Field(20.0, description="largest L2 norm of a user's pool update")
     gate_norm: PositiveFloat = Field(5.0, description="largest L2 norm of a user's gate gradient")
     weight: PositiveFloat = Field(1.0, description="largest weight")
+    absurd: float = Field(1e3, gt=1, description="a norm of so many times the largest is refused, not clipped")
+    node_weight: PositiveFloat | None = Field(None, description="largest weight of all users of one node together")
 
 
 class FederationConfig(Settings):
@@ -177,24 +179,41 @@ class EvaluateConfig(Settings):
     block: PositiveInt = Field(8, description="users tuned in one stacked computation")
 
 
-class RunConfig(Settings):
-    """Everything a run needs; `fedquilt simulate` reads it from TOML."""
+class PersonalConfig(Settings):
+    """How a device makes a user's personal values, and how the federation measures that."""
 
-    name: str = Field("run", description="what the record calls this run")
-    kind: str = Field("simulation", description="what sort of evidence the record is")
+    steps: PositiveInt = Field(40, description="Adam steps on the active rows")
+    learning_rate: PositiveFloat = Field(7e-3, description="of the first of these steps; it falls to zero")
+    examples: PositiveInt = Field(8, description="support examples per step")
+    gain_examples: PositiveInt = Field(64, description="support examples that the gains are measured on")
+    rows: CodecConfig = Field(CodecConfig(rows="ternary", top=0.5), description="how personal values are written")
+
+
+class DeploymentConfig(Settings):
+    """How a server works with real nodes: what it waits for, and what it takes from them."""
+
+    nodes: PositiveInt = Field(2, description="nodes that must be online before a round begins")
+    join_seconds: PositiveFloat = Field(300.0, description="longest wait for these nodes")
+    round_seconds: PositiveFloat = Field(600.0, description="a round's deadline; who has not answered is left out")
+    quorum: float = Field(0.5, gt=0, le=1, description="least share of a round's users that must be admitted")
+    attempts: PositiveInt = Field(3, description="tries of a round below its quorum before the run ends")
+    poll_seconds: PositiveFloat = Field(0.2, description="pause between looks for replies")
+    replies: PositiveInt = Field(8, description="replies held at a time")
+    max_update_mib: PositiveFloat = Field(16.0, description="largest update of one user")
+    max_reply_mib: PositiveFloat = Field(256.0, description="largest reply of one node")
+    quarantine_rounds: PositiveInt = Field(10, description="rounds that a node with a bad reply is left out")
+    evaluate_every: int = Field(0, ge=0, description="rounds between evaluations; 0: after the last alone")
+
+
+class TaskConfig(Settings):
+    """What a node must know to do a user's work: everything else is the server's business, or the node's."""
+
     seed: int = 0
-    population: PopulationConfig = PopulationConfig()
     pool: PoolConfig = PoolConfig()
     gate: GateConfig = GateConfig()
     local: LocalConfig = LocalConfig()
     codec: CodecConfig = CodecConfig()
-    strategy: StrategyConfig = StrategyConfig()
-    pool_optimizer: OptimizerConfig = OptimizerConfig()
-    gate_optimizer: OptimizerConfig = OptimizerConfig()
-    limits: LimitsConfig = LimitsConfig()
-    federation: FederationConfig = FederationConfig()
-    compute: ComputeConfig = ComputeConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
+    personal: PersonalConfig = PersonalConfig()
 
     @model_validator(mode="after")
     def _budget_fits(self) -> Self:
@@ -203,11 +222,39 @@ class RunConfig(Settings):
         return self
 
 
+class RunConfig(TaskConfig):
+    """Everything a run needs; `fedquilt simulate` and a deployed server read it from TOML."""
+
+    name: str = Field("run", description="what the record calls this run")
+    kind: str = Field("simulation", description="what sort of evidence the record is")
+    population: PopulationConfig = PopulationConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    pool_optimizer: OptimizerConfig = OptimizerConfig()
+    gate_optimizer: OptimizerConfig = OptimizerConfig()
+    limits: LimitsConfig = LimitsConfig()
+    federation: FederationConfig = FederationConfig()
+    compute: ComputeConfig = ComputeConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    deployment: DeploymentConfig = DeploymentConfig()
+
+    @property
+    def task(self) -> TaskConfig:
+        """The part that nodes are told."""
+        return TaskConfig.model_validate({name: getattr(self, name) for name in TaskConfig.model_fields})
+
+
 FREE_SETTINGS: Mapping[str, set[str]] = {
     "federation": {"checkpoint_every"},
     "compute": {"workers", "devices_per_worker", "ray_address"},
 }
 """Settings that decide no bits: who works, and how often is saved. A run may resume with others."""
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """The part of a configuration that decides the bits: not who works, nor what is measured afterwards."""
+    unnamed = dict.fromkeys(("name", "kind", "personal", "evaluate", "deployment"), True)
+    free: Any = {**unnamed, **FREE_SETTINGS}
+    return config.model_dump(mode="json", exclude=free)
 
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:

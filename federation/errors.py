@@ -11,6 +11,8 @@ A message states the rule, the value, the place and the remedy.
     ├── StoreError         the user store is full, of another format, or cannot be used
     │   └── DamagedShardError  a shard's data is damaged
     ├── CheckpointError    no usable checkpoint
+    ├── ExchangeError      what a server or a node said is not as agreed
+    │   └── NodeError          a node cannot do what it was asked (.fault)
     ├── PluginError        an unknown, duplicate or ill-formed plugin
     └── RunError           a run that cannot start, continue or be read
 """
@@ -59,6 +61,18 @@ class DamagedShardError(StoreError):
 
 class CheckpointError(FedquiltError):
     """No usable checkpoint."""
+
+
+class ExchangeError(FedquiltError):
+    """What a server or a node said is not as agreed."""
+
+
+class NodeError(ExchangeError):
+    """A node cannot do what it was asked. fault: a `federation.exchange.Fault`."""
+
+    def __init__(self, fault: str, message: str) -> None:
+        super().__init__(message)
+        self.fault = fault
 
 
 class PluginError(FedquiltError):

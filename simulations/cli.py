@@ -140,7 +140,7 @@ def pretrain(experiment: Experiment = "code", *, overrides: Overrides) -> None:
     "simulate" does the same by itself when it has to.
     """
     from federation.config import load_config
-    from simulations.populations import make_population
+    from federation.data.registry import make_population
     from simulations.pretrain import pretraining_report
     from simulations.progress import Terminal
     from simulations.runs import prepare_base
@@ -289,7 +289,7 @@ def export(
 @app.command()
 def plugins() -> None:
     """List strategies, optimizers and populations, ours and those of installed packages."""
-    from simulations.populations import POPULATIONS
+    from federation.data.registry import POPULATIONS
     from strategies import OPTIMIZERS, STRATEGIES
 
     table = Table("kind", "name", "comes from", box=None, padding=(0, 2, 0, 0))

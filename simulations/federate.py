@@ -16,14 +16,14 @@ import numpy as np
 
 from client.round import RoundState
 from client.store import UserStore, shard_of
-from federation.config import FREE_SETTINGS, RunConfig
+from federation.cohorts import draw_cohort
+from federation.config import identity
 from federation.data.population import as_array
 from federation.errors import FedquiltWarning, RunError
 from federation.files import write_file
 from federation.streams import UserIds
 from server import checkpoint
 from server.round import ServerState, close, from_checkpoint, to_parts
-from simulations.cohorts import draw_cohort
 from simulations.compute.memory import largest, private_memory, total
 from simulations.compute.placement import Shard
 from simulations.compute.worker import Broadcast, ChunkReport, merge_reports, run_chunk, run_on_store
@@ -246,9 +246,3 @@ def _fingerprint(train_users: range | UserIds) -> str:
     if isinstance(train_users, range):
         return repr(train_users)
     return hashlib.blake2b(np.ascontiguousarray(as_array(train_users)).data, digest_size=8).hexdigest()
-
-
-def identity(config: RunConfig) -> dict[str, Any]:
-    """The part of a configuration that decides the bits: not who works, nor what is measured afterwards."""
-    free: Any = {"name": True, "kind": True, "evaluate": True, **FREE_SETTINGS}
-    return config.model_dump(mode="json", exclude=free)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from client.task import row_format
 from federation.config import RunConfig
 from federation.errors import ConfigError
 from federation.formats import RowFormat
 from federation.plugins import suggest
-from simulations.setup import row_format
 
 Source = Literal["base", "fresh", "pool", "shared", "random_pool"]
 MaskRule = Literal["none", "all", "gate", "saliency", "random", "other"]

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from federation.config import RunConfig, overridden, parse
+from federation.config import RunConfig, identity, overridden, parse
 from federation.data.population import Population
+from federation.data.registry import make_population
 from federation.errors import ConfigError, RunError
 from federation.update import Values
 from server.checkpoint import checksum
@@ -21,9 +22,8 @@ from simulations.audit import Audit, audit
 from simulations.cached import check_methods
 from simulations.compute.workers import Workers, on_device, start_workers
 from simulations.evaluate import Evaluation, evaluate, federated_users
-from simulations.federate import CHECKPOINTS_NAME, RoundReport, federate, identity, last_checkpoint, read_history
+from simulations.federate import CHECKPOINTS_NAME, RoundReport, federate, last_checkpoint, read_history
 from simulations.methods import methods_of, sources_of
-from simulations.populations import make_population
 from simulations.populations.text import prepare
 from simulations.pretrain import describe_base
 from simulations.progress import Progress, Silent, Stage

@@ -17,6 +17,7 @@ from client.round import distribution_of
 from federation import masks
 from federation.codec import personal_bytes
 from federation.config import RunConfig
+from federation.devices import CPU, making_tensors_on, moved
 from federation.formats import quantise
 from federation.gate import GateState
 from federation.pool.spec import ModuleSpec, PoolSpec, gather, rows_of_mask
@@ -24,7 +25,6 @@ from federation.state import GATE_SECTION
 from federation.streams import UserIds
 from federation.update import Schema, Section, SectionSpec, Values
 from simulations.cached import TargetFigures, target_figures
-from simulations.compute.devices import CPU, making_tensors_on, moved
 from simulations.compute.worker import Worker
 from simulations.methods import Method, Tuned
 from simulations.setup import Setup

@@ -8,19 +8,16 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from client.round import LocalRule
-from client.state import RecordLayout
+from client import task
+from client.task import Task
 from federation.base import BaseModel
-from federation.config import CodecConfig, RunConfig
+from federation.config import RunConfig
 from federation.data.population import Population
 from federation.errors import ConfigError
-from federation.formats import RowFormat
-from federation.gate import GateSpec
 from federation.pool.model import PooledModel
-from federation.precision import in_precision
-from federation.state import gate_spec, initial_values, schema_of
-from federation.streams import Streams, UserIds
-from federation.update import Schema, Values
+from federation.state import initial_values
+from federation.streams import UserIds
+from federation.update import Values
 from server.round import Rules, ServerState, begin, rules_of
 
 
@@ -42,41 +39,15 @@ class Teacher(Protocol):
 
 
 @dataclass(frozen=True)
-class Setup:
+class Setup(Task):
     """A federation's fixed parts. first_pool: rows to start from, instead of fresh ones."""
 
     config: RunConfig
-    model: PooledModel
     first_pool: Values = field(default_factory=dict)
-
-    @cached_property
-    def gate(self) -> GateSpec:
-        return gate_spec(self.model, self.config.gate)
-
-    @cached_property
-    def schema(self) -> Schema:
-        return schema_of(self.model.spec, self.gate, self.config.gate)
 
     @cached_property
     def rules(self) -> Rules:
         return rules_of(self.config, self.schema)
-
-    @property
-    def local(self) -> LocalRule:
-        return LocalRule(self.config.gate, self.config.local)
-
-    @property
-    def streams(self) -> Streams:
-        return Streams(self.config.seed)
-
-    @property
-    def record_layout(self) -> RecordLayout:
-        return RecordLayout(self.config.gate.embedding, -(-self.model.spec.units // 8))
-
-    @property
-    def update_formats(self) -> dict[str, RowFormat]:
-        """How each part of an update is written: the gate's gradient always as fp32."""
-        return {"pool": row_format(self.config.codec), "gate": RowFormat("fp32")}
 
     def begin(self) -> ServerState:
         """The state before the first round."""
@@ -86,8 +57,7 @@ class Setup:
 
 def wrap(config: RunConfig, base: BaseModel) -> PooledModel:
     """The base model with the pool that a configuration describes around it."""
-    base = in_precision(base, config.compute.precision)
-    return PooledModel.around(base, config.pool.rank, config.pool.scale, config.pool.target_modules)
+    return task.wrap(base, config.pool, config.compute.precision)
 
 
 def set_up(config: RunConfig, model: PooledModel, first_pool: Values | None = None) -> Setup:
@@ -104,8 +74,3 @@ def first_pool(config: RunConfig, population: Population) -> Values:
             f"pool.start = 'teacher' needs a population with known best rows, {population.name!r} has none; drop it"
         )
     return population.teacher_values()
-
-
-def row_format(config: CodecConfig) -> RowFormat:
-    """The codec's format for a configuration."""
-    return RowFormat(config.rows, config.top)

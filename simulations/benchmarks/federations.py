@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from federation.config import RunConfig, load_config
+from federation.data.registry import make_population
 from federation.streams import UserIds
 from server.checkpoint import checksum
 from simulations.compute.workers import Workers, start_workers
 from simulations.federate import RoundReport, federate, last_checkpoint
-from simulations.populations import make_population
 from simulations.setup import Setup, first_pool, set_up, wrap
 
 _SYNTHETIC = Path(__file__).parents[1] / "experiments" / "synthetic.toml"

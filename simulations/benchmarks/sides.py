@@ -13,12 +13,12 @@ from torch import Tensor
 
 from client.round import RoundState
 from federation.config import RunConfig
+from federation.data.registry import make_population
 from server.round import ServerState, begin, close
 from simulations.benchmarks.peers.naive import add, naive_job
 from simulations.benchmarks.workloads import PROCESSES, ROUND, Task
 from simulations.compute.worker import Broadcast, Worker, train_users
 from simulations.compute.workers import Workers
-from simulations.populations import make_population
 from simulations.setup import Setup, set_up, wrap
 
 Means = Mapping[str, Tensor]

@@ -20,14 +20,14 @@ from client.state import UserBlock, join
 from client.store import UserStore
 from federation.config import RunConfig
 from federation.data.population import Batch, Part, Population
+from federation.data.registry import make_population
+from federation.devices import CPU, making_tensors_on, moved
 from federation.errors import DamagedShardError, RunError
 from federation.formats import quantise
 from federation.streams import Streams, UserIds
 from federation.update import UpdateBlock
 from server.round import lift
-from simulations.compute.devices import CPU, making_tensors_on, moved
 from simulations.compute.memory import Memory, largest, private_memory
-from simulations.populations import make_population
 from simulations.setup import Setup, set_up, wrap
 from strategies.protocol import State
 

@@ -10,9 +10,9 @@ import torch
 
 from client.state import UserBlock
 from client.store import UserStore, shard_of
+from federation.cohorts import draw_cohort
 from federation.streams import UserIds
 from simulations.audit import Audit, audit
-from simulations.cohorts import draw_cohort
 from simulations.compute.workers import start_workers
 from tests.simulations.tiny import simulate, tiny_config, tiny_setup
 

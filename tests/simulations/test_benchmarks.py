@@ -13,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from federation.cohorts import draw_cohort
 from federation.errors import ConfigError, RunError
 from federation.streams import Streams
 from simulations import documents
@@ -21,7 +22,6 @@ from simulations.benchmarks.clock import in_turns, one_thread
 from simulations.benchmarks.commands import bench, record_of
 from simulations.benchmarks.federations import Laps, synthetic
 from simulations.benchmarks.figures import FIGURES, figures
-from simulations.cohorts import draw_cohort
 from simulations.compute.worker import Worker
 from tests.simulations.tiny import tiny_config
 

@@ -12,8 +12,8 @@ import pytest
 from client.round import RoundState
 from client.state import UserBlock
 from client.store import UserStore, shard_of
+from federation.cohorts import draw_cohort
 from federation.errors import DamagedShardError, FedquiltWarning
-from simulations.cohorts import draw_cohort
 from simulations.compute.worker import Broadcast, ChunkReport, Worker, mended, merge_reports, perform, run_chunk
 from tests.simulations.tiny import Interrupt, interrupt_at, simulate, tiny_config, tiny_setup
 

@@ -19,6 +19,7 @@ from federation.base import BaseModel
 from federation.codec import decode_personal, encode_personal, quantise
 from federation.config import RunConfig
 from federation.data.population import Batch, Part
+from federation.data.registry import POPULATIONS, make_population
 from federation.formats import RowFormat
 from federation.state import GATE_SECTION
 from federation.streams import Streams, UserIds
@@ -27,7 +28,6 @@ from simulations.compute.worker import Worker
 from simulations.compute.workers import InProcess
 from simulations.evaluate import Evaluation, MethodResult, evaluate, evaluated_users, federated_users, plans_of
 from simulations.methods import Method, known_methods
-from simulations.populations import POPULATIONS, make_population
 from simulations.populations.synthetic import SyntheticPopulation
 from simulations.progress import Silent, Stage
 from simulations.record import method_table
@@ -309,7 +309,7 @@ class Contrary(SyntheticPopulation):
 @pytest.fixture
 def contrary(monkeypatch: pytest.MonkeyPatch) -> None:
     builtin = {**POPULATIONS.builtin, "contrary": f"{__name__}:Contrary"}
-    monkeypatch.setattr("simulations.populations.POPULATIONS", replace(POPULATIONS, builtin=builtin))
+    monkeypatch.setattr("federation.data.registry.POPULATIONS", replace(POPULATIONS, builtin=builtin))
 
 
 def choices(evaluation: Evaluation) -> dict[str, tuple[float, int]]:

@@ -16,11 +16,11 @@ from client.round import RoundState
 from client.state import RecordLayout, UserBlock
 from client.store import UserStore, shard_of
 from federation import masks
+from federation.cohorts import draw_cohort
 from federation.errors import ConfigError, FedquiltError, PluginError, PopulationError, RunError
 from federation.state import GATE_SECTION
 from federation.streams import UserIds
 from server.checkpoint import checksum, rounds
-from simulations.cohorts import draw_cohort
 from simulations.compute.ray_workers import RayWorkers
 from simulations.compute.worker import Broadcast, Worker, run_chunk
 from simulations.compute.workers import InProcess

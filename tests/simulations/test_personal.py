@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from federation.config import RunConfig, parse
+from federation.data.registry import make_population
 from federation.errors import PopulationError, RunError
 from federation.streams import Streams
 from simulations.personal import personal_rows
-from simulations.populations import make_population
 from simulations.runs import run
 
 SETTINGS = {

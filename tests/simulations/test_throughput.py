@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from client.round import RoundState
 from federation import masks
 from federation.config import PopulationConfig
+from federation.data.registry import make_population
 from federation.errors import ConfigError, PopulationError, RunError
 from federation.streams import Streams
 from simulations.benchmarks import throughput
@@ -31,7 +32,6 @@ from simulations.cli import app
 from simulations.compute.environment import WORKER_ENVIRONMENT
 from simulations.compute.worker import Broadcast, Worker, train_block
 from simulations.compute.workers import InProcess
-from simulations.populations import make_population
 
 USERS = 6
 KEYS = ["workload", "naive", "engine_fp32", "engine_bf16", "flower", "pfl", "gemm_share", "max_relative_difference"]

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from federation.config import RunConfig, load_config
+from federation.data.registry import make_population
 from server.checkpoint import checksum
 from simulations.compute.workers import start_workers
 from simulations.federate import RoundReport, federate, last_checkpoint
-from simulations.populations import make_population
 from simulations.setup import Setup, set_up, wrap
 
 TINY = (

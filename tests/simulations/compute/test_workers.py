@@ -17,15 +17,15 @@ import simulations.compute.workers
 from client.round import RoundState
 from client.state import UserBlock
 from federation.config import RunConfig
+from federation.data.registry import make_population
+from federation.devices import CPU, making_tensors_on, moved
 from federation.errors import FedquiltWarning, RunError
 from server.checkpoint import checksum
 from simulations.cli import app
-from simulations.compute.devices import CPU, making_tensors_on, moved
 from simulations.compute.worker import halving_blocks
 from simulations.compute.workers import InProcess, on_device, start_workers
 from simulations.evaluate import Evaluation, evaluate
 from simulations.federate import cohort_of, cut, federate, last_checkpoint, load_state, read_history
-from simulations.populations import make_population
 from simulations.progress import Silent
 from simulations.record import users_table
 from simulations.runs import run

@@ -7,10 +7,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from federation.cohorts import draw_cohort, rounds_per_epoch
 from federation.config import FederationConfig
 from federation.errors import PopulationError
 from federation.streams import Streams, UserIds
-from simulations.cohorts import draw_cohort, rounds_per_epoch
 
 
 def drawn(

@@ -1,0 +1,61 @@
+"""What follows from a task and a base model: the same on a device, on a worker and on the server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from client.round import LocalRule
+from client.state import RecordLayout
+from federation.base import BaseModel
+from federation.config import CodecConfig, PoolConfig, Precision, TaskConfig
+from federation.formats import RowFormat
+from federation.gate import GateSpec
+from federation.pool.model import PooledModel
+from federation.precision import in_precision
+from federation.state import gate_spec, schema_of
+from federation.streams import Streams
+from federation.update import Schema
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task's fixed parts."""
+
+    config: TaskConfig
+    model: PooledModel
+
+    @cached_property
+    def gate(self) -> GateSpec:
+        return gate_spec(self.model, self.config.gate)
+
+    @cached_property
+    def schema(self) -> Schema:
+        return schema_of(self.model.spec, self.gate, self.config.gate)
+
+    @property
+    def local(self) -> LocalRule:
+        return LocalRule(self.config.gate, self.config.local)
+
+    @property
+    def streams(self) -> Streams:
+        return Streams(self.config.seed)
+
+    @property
+    def record_layout(self) -> RecordLayout:
+        return RecordLayout(self.config.gate.embedding, -(-self.model.spec.units // 8))
+
+    @property
+    def update_formats(self) -> dict[str, RowFormat]:
+        """How each part of an update is written: the gate's gradient always as fp32."""
+        return {"pool": row_format(self.config.codec), "gate": RowFormat("fp32")}
+
+
+def wrap(base: BaseModel, pool: PoolConfig, precision: Precision) -> PooledModel:
+    """The base model, in place, with the pool that a configuration describes around it."""
+    return PooledModel.around(in_precision(base, precision), pool.rank, pool.scale, pool.target_modules)
+
+
+def row_format(config: CodecConfig) -> RowFormat:
+    """The codec's format for a configuration."""
+    return RowFormat(config.rows, config.top)

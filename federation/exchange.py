@@ -1,0 +1,130 @@
+"""What a server and its nodes say to each other, whatever carries it: Flower messages, gRPC, or a plain call.
+
+Numbers, text and bytes only, and no torch: a process that merely passes them on starts at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from federation.errors import ExchangeError
+
+FEDERATION_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+
+Fault = Literal["lacks version", "unknown users", "busy", "no agent", "late", "failed"]
+"""Why a node has no answer. "lacks version": send the pool with the instructions."""
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """What one node is asked to do in one round.
+
+    federation: its id, the same after any restart. round_index: counted from 1. attempt: counted from 1; a round that
+    was refused is tried again. version: of the pool and gate to work with. split, positions: which of the node's users
+    of that split, ascending, counted from 0 in the order of their ids. durable_round: no resume goes back before it.
+    task: a `TaskConfig` as JSON.
+
+    Raises ExchangeError for values that no server sends.
+    """
+
+    federation: str
+    round_index: int
+    attempt: int
+    version: str
+    split: str
+    positions: tuple[int, ...]
+    durable_round: int
+    task: str
+
+    def __post_init__(self) -> None:
+        if not FEDERATION_NAME.fullmatch(self.federation):
+            raise ExchangeError(f"a federation's id matches {FEDERATION_NAME.pattern!r}, got {self.federation!r}")
+        if self.round_index < 0 or self.attempt < 1 or self.durable_round > self.round_index:
+            raise ExchangeError(
+                f"rounds and attempts count upwards, got round {self.round_index}, attempt {self.attempt}, "
+                f"durable round {self.durable_round}; is the server of this version of fedquilt?"
+            )
+        if any(b <= a for a, b in zip((-1, *self.positions), self.positions)):
+            raise ExchangeError("positions ascend from 0, got others; is the server of this version of fedquilt?")
+
+    @property
+    def work(self) -> Work:
+        """Which work this is."""
+        return Work(self.federation, self.round_index, self.attempt, self.version)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Names a piece of work: an answer echoes it, and the server compares it with what it asked for."""
+
+    federation: str
+    round_index: int
+    attempt: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A node's answer to training: its users' updates, encoded and framed (`federation/frames.py`), by position.
+
+    users: how many the node has by now, by split.
+    """
+
+    work: Work
+    users: Mapping[str, int]
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Measures:
+    """A node's answer to an evaluation: sums over its users, nothing of one of them (unless it has but one).
+
+    sums: of each metric, over `measured` users.
+    """
+
+    work: Work
+    users: Mapping[str, int]
+    measured: int
+    sums: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a node says of itself. users: how many, by split. order: its place among the nodes (its partition).
+
+    versions: of the pools that it keeps. release: the version that it serves, "" for none.
+    software: fedquilt's version.
+    """
+
+    users: Mapping[str, int]
+    order: int = 0
+    versions: tuple[str, ...] = ()
+    release: str = ""
+    software: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A node's answer when it has none: why, and in words."""
+
+    fault: Fault
+    message: str
+
+
+@dataclass(frozen=True)
+class Letter:
+    """What a server sends to a node. pool: a `PoolFile` as bytes, for nodes that lack it.
+
+    "describe" needs neither. "train" and "evaluate" need instructions. "release" needs instructions whose version is
+    the release's: the node serves it from then on.
+    """
+
+    kind: Literal["describe", "train", "evaluate", "release"]
+    instructions: Instructions | None = None
+    pool: bytes | None = field(default=None, repr=False)
+
+
+Answer = Contribution | Measures | Description | Refusal
