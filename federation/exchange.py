@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from federation.errors import ExchangeError
 
@@ -16,6 +16,9 @@ FEDERATION_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 
 Fault = Literal["lacks version", "unknown users", "busy", "no agent", "late", "failed"]
 """Why a node has no answer. "lacks version": send the pool with the instructions."""
+FAULTS: tuple[str, ...] = get_args(Fault)
+
+LetterKind = Literal["describe", "train", "evaluate", "release"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Letter:
     the release's: the node serves it from then on.
     """
 
-    kind: Literal["describe", "train", "evaluate", "release"]
+    kind: LetterKind
     instructions: Instructions | None = None
     pool: bytes | None = field(default=None, repr=False)
 

@@ -21,11 +21,11 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from federation.errors import ConfigError, FedquiltError, FedquiltWarning
+from federation.experiments import experiment_path
 from federation.house import check_house
-from federation.plugins import suggest
 from simulations.benchmarks.commands import bench
+from simulations.deployment_commands import deployment
 
-EXPERIMENTS = Path(__file__).parent / "experiments"
 RUNS = Path("runs")
 CONTINUE = {"simulate": "; continue with --resume", "sweep": "; continue with the same command"}
 """What Ctrl-C says of the commands that go on where they were stopped; others begin anew."""
@@ -74,6 +74,7 @@ def saying_warnings() -> Iterator[None]:
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(bench, name="bench", help="Measure speed on this machine.")
+app.add_typer(deployment)
 
 Experiment = Annotated[
     str, typer.Argument(metavar="EXPERIMENT", help="A .toml file, or one of ours by name, such as code.")
@@ -325,16 +326,6 @@ def check_strategy(
     if findings:
         raise typer.Exit(1)
     typer.echo(f"{name} keeps all {len(LAWS)} laws: {', '.join(LAWS)}")
-
-
-def experiment_path(name: str) -> Path:
-    """The file of an experiment: one of ours by name, or a path. Raises ConfigError for neither."""
-    ours = {path.stem: path for path in EXPERIMENTS.glob("*.toml")}
-    if name in ours:
-        return ours[name]
-    if not name.endswith(".toml"):
-        raise ConfigError(f"an experiment is a .toml file or one of ours, not {name!r}; {suggest(name, ours)}")
-    return Path(name)
 
 
 def _experiment_paths(name: str) -> list[Path]:

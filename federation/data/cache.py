@@ -1,4 +1,4 @@
-"""The folder for what is built once, corpora and base models; a part of it is there whole or not at all."""
+"""Where files are kept: the cache of what is built once, whole or not at all, and the state that must not be lost."""
 
 from __future__ import annotations
 
@@ -45,3 +45,12 @@ def _replace_folder(work: Path, final: Path) -> None:
         if not final.is_dir():  # otherwise another process was faster, with the same content
             raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def state_dir() -> Path:
+    """The folder for what must not be lost: `FEDQUILT_STATE`, or `fedquilt` below `XDG_STATE_HOME` (~/.local/state)."""
+    if own := os.environ.get("FEDQUILT_STATE"):
+        return Path(own)
+    if shared := os.environ.get("XDG_STATE_HOME"):
+        return Path(shared) / "fedquilt"
+    return Path.home() / ".local" / "state" / "fedquilt"

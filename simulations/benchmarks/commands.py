@@ -103,8 +103,8 @@ def pipeline(
 ) -> None:
     """The whole of "simulate" against training alone: users per second. Prints one JSON line."""
     from federation.config import load_config
+    from federation.experiments import experiment_path
     from simulations.benchmarks.pipeline import measure
-    from simulations.cli import experiment_path
 
     config = load_config(experiment_path(experiment), ["compute.workers=2", *overrides])
     result = measure(config, rounds)

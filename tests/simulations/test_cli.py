@@ -10,7 +10,8 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from simulations.cli import EXPERIMENTS, app, experiment_path
+from federation.experiments import EXPERIMENTS, experiment_path
+from simulations.cli import app
 
 TINY = Path(__file__).parent / "tiny.toml"
 REPOSITORY = Path(__file__).parents[2]

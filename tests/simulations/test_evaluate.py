@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import simulations.evaluate
+from client.personal import personal_widths, personalised
 from federation import masks
 from federation.base import BaseModel
 from federation.codec import decode_personal, encode_personal, quantise
@@ -36,8 +37,6 @@ from simulations.serve import (
     Start,
     Trained,
     payload,
-    personal_widths,
-    personalised,
     propose_masks,
     serve_block,
     start_of,

@@ -16,7 +16,7 @@ import pytest
 import simulations.federate
 from federation.cohorts import rounds_per_epoch
 from federation.config import RunConfig, load_config
-from simulations.cli import EXPERIMENTS
+from federation.experiments import EXPERIMENTS
 from simulations.federate import read_history
 from simulations.record import read_record
 from simulations.runs import MAIN, run

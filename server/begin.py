@@ -1,0 +1,27 @@
+"""What a server begins with: the rules and the first state that follow from a configuration and the base model."""
+
+from __future__ import annotations
+
+from federation.base import BaseModel
+from federation.config import RunConfig
+from federation.errors import ConfigError
+from federation.pool.model import PooledModel
+from federation.state import gate_spec, initial_values, schema_of
+from federation.streams import Streams
+from server.round import Rules, ServerState, begin, rules_of
+
+
+def first_state(config: RunConfig, base: BaseModel) -> tuple[Rules, ServerState]:
+    """The rules, and the state before the first round. Wraps the base in place.
+
+    Raises ConfigError for a pool that starts with a teacher's rows: only simulated users have one.
+    """
+    if config.pool.start != "fresh":
+        raise ConfigError(
+            f"a deployed pool starts fresh, got pool.start = {config.pool.start!r}: real users have no teacher; drop it"
+        )
+    model = PooledModel.around(base, config.pool.rank, config.pool.scale, config.pool.target_modules)
+    gate = gate_spec(model, config.gate)
+    schema = schema_of(model.spec, gate, config.gate)
+    rules = rules_of(config, schema)
+    return rules, begin(rules, initial_values(model.spec, gate, schema, Streams(config.seed).at("initial")))
