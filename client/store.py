@@ -13,28 +13,31 @@ records that no read can ask for any more are left out. So the cost is O(users w
 needs to be kept. A quiet user keeps its last few records.
 
 Damage: a shard is checked when it is opened, and a record whenever it is read. A damaged shard raises
-DamagedShardError from every call that needs it, until it is restored or set aside. A shard whose folder is gone begins
-anew with fresh users; `simulations/audit.py` finds what visits they lack.
+DamagedShardError from every call that needs it, until it is restored or set aside (`mended` does). A shard whose folder
+is gone begins anew with fresh users; `simulations/audit.py` finds what visits they lack.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from client.shard import Rounds, Shard, Transaction
+from client.shard import NO_ROUND, Rounds, Shard, Transaction
 from client.state import FORMAT_VERSION, RecordLayout, UserBlock, join
-from federation.errors import StoreError
+from federation.errors import DamagedShardError, StoreError
 from federation.files import remove_leftovers, write_file
 from federation.splitmix import mixed
 from federation.streams import UserIds
+
+T = TypeVar("T")
 
 MANIFEST_NAME = "store.json"
 
@@ -63,6 +66,17 @@ class UserStore:
         self._map_bytes = map_bytes
         self._begin()
         _claim(folder, shards, layout)
+
+    @classmethod
+    def existing(cls, folder: Path) -> Self:
+        """The store that is in `folder`, of the shape that its manifest says. Raises StoreError where there is none."""
+        path = folder / MANIFEST_NAME
+        try:
+            found = json.loads(path.read_bytes())
+            shards, layout = int(found["shards"]), RecordLayout(**found["layout"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{path} is no manifest of a user store ({error!r}); restore it") from error
+        return cls(folder, shards, layout)
 
     def read(self, user_ids: UserIds, before_round: int) -> UserBlock:
         """Each user's newest state of a round before `before_round`, or a fresh one, in the order of the ids.
@@ -124,6 +138,26 @@ class UserStore:
                     _drop_later(transaction, round_index)
                     transaction.note(replace(rounds, newest=round_index))
 
+    def newest_round(self) -> int:
+        """The last round that may have records, -1 for none. Costs O(shards)."""
+        newest = NO_ROUND
+        for shard in self._existing():
+            with shard.transaction(write=False) as transaction:
+                newest = max(newest, transaction.rounds.newest)
+        return newest
+
+    def forget(self, user_ids: UserIds) -> int:
+        """Drop all records of the users. Returns how many of them had any."""
+        known = 0
+        _, groups = self._by_shard(np.asarray(user_ids, dtype=np.int64))
+        for shard, ids in groups:
+            if shard.exists:
+                with shard.transaction(write=True) as transaction:
+                    histories = transaction.read(ids)
+                    transaction.replace(ids, histories.of(np.arange(0)))
+                    known += len(np.unique(histories.user_r))
+        return known
+
     def count(self) -> int:
         """Users held. Costs O(shards)."""
         total = 0
@@ -180,6 +214,23 @@ class UserStore:
         order = np.lexsort((ids.astype(np.uint64), shard_u))
         present, starts = np.unique(shard_u[order], return_index=True)
         return order, [(self._shards[number], part) for number, part in zip(present, np.split(ids[order], starts[1:]))]
+
+
+def mended(store: UserStore, action: Callable[[], T]) -> tuple[T, tuple[int, ...]]:
+    """What an action on the store gives, and the shards that were found damaged: each is set aside and the action done
+    again, its users are fresh ones then.
+
+    Raises DamagedShardError when the shard that took its place is damaged too: then the disk is.
+    """
+    aside: tuple[int, ...] = ()
+    while True:
+        try:
+            return action(), aside
+        except DamagedShardError as damage:
+            if damage.shard in aside:
+                raise
+            store.set_aside(damage.shard)
+            aside = (*aside, damage.shard)
 
 
 def _drop_later(transaction: Transaction, round_index: int) -> None:

@@ -32,45 +32,35 @@ harm is the business of `admit`: numbers that are not finite decode as such and 
 
 from __future__ import annotations
 
-import hashlib
-import json
-import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from federation import rice
-from federation.cursor import Bits, Cursor, pack_bits
+from federation import rice, wire
+from federation.cursor import Bits, pack_bits
+from federation.decoding import decode, decode_personal, weight_of
 from federation.errors import CodecError
 from federation.formats import Kind, Levels, RowFormat, by_prefix, format_of, quantise, to_levels
+from federation.stacked_decoding import decode_all
 from federation.update import Schema, Section, SectionSpec, UpdateBlock
+from federation.wire import VERSION
 
 __all__ = [
+    "VERSION",
     "RowFormat",
     "decode",
+    "decode_all",
     "decode_personal",
     "encode",
     "encode_personal",
     "personal_bytes",
     "quantise",
+    "weight_of",
 ]
-
-VERSION = 1
-_UPDATE, _PERSONAL = b"fu", b"fp"
-_HEAD = struct.Struct("<2sB4s")
-_ROUND = struct.Struct("<IfB")
-_FLOAT = struct.Struct("<f")
-_CRC = struct.Struct("<I")
-_COUNT = struct.Struct("<I")
-_BITMAP = 255
-_KINDS: tuple[Kind, ...] = get_args(Kind)
-_SCALED = ("int8", "ternary")
-_LEVELS = {"fp32": "<f4", "fp16": "<f2", "int8": "i1"}
 
 
 def encode(block: UpdateBlock, position: int, schema: Schema, formats: Mapping[str, RowFormat]) -> bytes:
@@ -81,25 +71,10 @@ def encode(block: UpdateBlock, position: int, schema: Schema, formats: Mapping[s
     weight = float(block.weight_u[position])
     metrics = {name: float(values_u[position]) for name, values_u in block.metrics.items()}
     return _seal(
-        _HEAD.pack(_UPDATE, VERSION, _digest(schema, block.pool_version)),
+        wire.HEAD.pack(wire.UPDATE, VERSION, wire.digest_of(schema, block.pool_version)),
         _round_bytes(block.round_index, weight, metrics),
         _sections_bytes(block.sections, position, schema, formats),
     )
-
-
-def decode(data: bytes, schema: Schema, pool_version: str) -> UpdateBlock:
-    """The update of one user (U = 1), with rows ascending by id and without padding.
-
-    Allocates no more than the schema allows one user to send.
-
-    Raises CodecError on bytes that `encode` did not make for this schema and pool version.
-    """
-    cursor = _open(data, _UPDATE, schema, pool_version)
-    round_index, weight, metric_count = cursor.fields(_ROUND, "round, weight and number of metrics")
-    metrics = _read_metrics(cursor, metric_count)
-    sections = _read_sections(cursor, schema)
-    cursor.end()
-    return UpdateBlock(sections, torch.tensor([weight]), metrics, round_index, pool_version)
 
 
 def encode_personal(
@@ -114,16 +89,8 @@ def encode_personal(
 
     Raises as `encode` does.
     """
-    head = _HEAD.pack(_PERSONAL, VERSION, _digest(schema, pool_version))
+    head = wire.HEAD.pack(wire.PERSONAL, VERSION, wire.digest_of(schema, pool_version))
     return _seal(head, _sections_bytes(sections, position, schema, formats))
-
-
-def decode_personal(data: bytes, schema: Schema, pool_version: str) -> dict[str, Section]:
-    """What one user keeps (U = 1), with rows ascending by id and without padding. Raises as `decode` does."""
-    cursor = _open(data, _PERSONAL, schema, pool_version)
-    sections = _read_sections(cursor, schema)
-    cursor.end()
-    return sections
 
 
 def personal_bytes(sections: Mapping[str, Section], schema: Schema, formats: Mapping[str, RowFormat]) -> Tensor:
@@ -134,15 +101,9 @@ def personal_bytes(sections: Mapping[str, Section], schema: Schema, formats: Map
     )
 
 
-def _digest(schema: Schema, pool_version: str) -> bytes:
-    """Four bytes that tell pools and layouts apart; `max_rows` is a limit, not layout, so it may change."""
-    layout = [(name, spec.rows, list(spec.factors.items())) for name, spec in schema.sections.items()]
-    return hashlib.blake2b(json.dumps([pool_version, layout]).encode(), digest_size=4).digest()
-
-
 def _seal(*parts: bytes) -> bytes:
     payload = b"".join(parts)
-    return payload + _CRC.pack(zlib.crc32(payload))
+    return payload + wire.CRC.pack(zlib.crc32(payload))
 
 
 def _round_bytes(round_index: int, weight: float, metrics: Mapping[str, float]) -> bytes:
@@ -152,8 +113,8 @@ def _round_bytes(round_index: int, weight: float, metrics: Mapping[str, float]) 
             "a round index is below 2**32, metrics are at most 255 with names of at most 255 bytes, "
             f"got round {round_index} and the metrics {list(names)}"
         )
-    parts = [bytes([len(raw)]) + raw + _FLOAT.pack(metrics[name]) for name, raw in names.items()]
-    return _ROUND.pack(round_index, weight, len(parts)) + b"".join(parts)
+    parts = [bytes([len(raw)]) + raw + wire.FLOAT.pack(metrics[name]) for name, raw in names.items()]
+    return wire.ROUND.pack(round_index, weight, len(parts)) + b"".join(parts)
 
 
 def _sections_bytes(
@@ -169,7 +130,7 @@ def _sections_bytes(
     kinds, bodies = bytearray(), []
     for prefix, names in by_prefix(schema.sections).items():
         row_format = format_of(prefix, formats)
-        kinds.append(_KINDS.index(row_format.kind))
+        kinds.append(wire.KINDS.index(row_format.kind))
         group = [chosen[name] for name in names if chosen[name].rows_ukw.numel()]
         if group:
             bodies.append(_rows_bytes(to_levels(group, row_format), row_format.kind))
@@ -206,7 +167,7 @@ def _rows_bytes(group: Sequence[Levels], kind: Kind) -> bytes:
         levels.scale_uk.view(torch.int16).numpy().astype("<i2") for levels in group if levels.scale_uk is not None
     ]
     values = np.concatenate([levels.levels_ukw.numpy().ravel() for levels in group])
-    body = _ternary_bytes(values) if kind == "ternary" else values.astype(_LEVELS[kind]).tobytes()
+    body = _ternary_bytes(values) if kind == "ternary" else values.astype(wire.LEVELS[kind]).tobytes()
     return b"".join(scale.tobytes() for scale in scales) + body
 
 
@@ -214,105 +175,6 @@ def _ternary_bytes(levels: npt.NDArray[np.int8]) -> bytes:
     """Which levels are not zero, in the smaller of the two codings, and the signs of those."""
     positions = np.flatnonzero(levels)
     parameter, coded = rice.encode(positions)
-    where = bytes([parameter]) + _COUNT.pack(len(positions)) + coded
-    bitmap = bytes([_BITMAP]) + pack_bits(levels != 0)
+    where = bytes([parameter]) + wire.COUNT.pack(len(positions)) + coded
+    bitmap = bytes([wire.BITMAP]) + pack_bits(levels != 0)
     return min(bitmap, where, key=len) + pack_bits(levels[positions] < 0)
-
-
-def _open(data: bytes, magic: bytes, schema: Schema, pool_version: str) -> Cursor:
-    """The payload behind the head, after its checks."""
-    if len(data) < _HEAD.size + _CRC.size:
-        raise CodecError(f"a payload has at least {_HEAD.size + _CRC.size} bytes, got {len(data)}; it is cut")
-    payload = memoryview(data)[: -_CRC.size]
-    found_magic, version, digest = _HEAD.unpack_from(payload)
-    if found_magic != magic:
-        raise CodecError(
-            f"the payload must start with {magic!r}, got {found_magic!r}; is it an update or personal values?"
-        )
-    if version != VERSION:
-        raise CodecError(f"this codec reads version {VERSION}, got {version}; use the release that wrote it")
-    if _CRC.unpack(data[-_CRC.size :])[0] != zlib.crc32(payload):
-        raise CodecError(
-            f"the checksum of {len(data)} bytes does not match; the payload is cut or damaged, send it again"
-        )
-    if digest != _digest(schema, pool_version):
-        raise CodecError(
-            f"the payload is not for pool version {pool_version!r} with this schema (digest {digest.hex()}); "
-            "name the version it was made for"
-        )
-    return Cursor(payload[_HEAD.size :])
-
-
-def _read_metrics(cursor: Cursor, count: int) -> dict[str, Tensor]:
-    metrics: dict[str, Tensor] = {}
-    previous = ""
-    for place in range(count):
-        raw = bytes(cursor.take(cursor.byte(f"metric {place}"), f"name of metric {place}"))
-        try:
-            name = raw.decode()
-        except UnicodeDecodeError as error:
-            raise CodecError(f"names of metrics are UTF-8, got {raw!r}; the sender's encoder is broken") from error
-        if place and name <= previous:
-            raise CodecError(f"metrics ascend by name, got {name!r} after {previous!r}; the sender's encoder is broken")
-        metrics[name] = torch.tensor(cursor.fields(_FLOAT, f"metric {name!r}"))
-        previous = name
-    return metrics
-
-
-def _read_sections(cursor: Cursor, schema: Schema) -> dict[str, Section]:
-    groups = by_prefix(schema.sections)
-    kinds = {prefix: _read_kind(cursor, prefix) for prefix in groups}
-    mask = cursor.bits(sum(spec.rows for spec in schema.sections.values()), "mask")
-    ids: dict[str, Tensor] = {}
-    for name, spec in schema.sections.items():
-        ids_k, mask = np.flatnonzero(mask[: spec.rows]), mask[spec.rows :]
-        if len(ids_k) > spec.max_rows:
-            raise CodecError(f"section {name!r} holds at most {spec.max_rows} rows, got {len(ids_k)}; send fewer")
-        ids[name] = torch.from_numpy(ids_k.astype(np.int32))
-    rows = {name: torch.zeros(1, len(ids_k), schema.sections[name].width) for name, ids_k in ids.items()}
-    for prefix, names in groups.items():
-        group = [name for name in names if rows[name].numel()]
-        if group:
-            shapes = [rows[name].shape for name in group]
-            rows.update(zip(group, _read_rows(cursor, shapes, kinds[prefix], prefix)))
-    return {
-        name: Section(ids_k[None], torch.ones(1, len(ids_k), dtype=torch.bool), rows[name])
-        for name, ids_k in ids.items()
-    }
-
-
-def _read_kind(cursor: Cursor, prefix: str) -> Kind:
-    code = cursor.byte(f"kind of {prefix!r}")
-    if code >= len(_KINDS):
-        raise CodecError(f"kinds of rows are 0 to {len(_KINDS) - 1}, got {code} for {prefix!r}; the payload is damaged")
-    return _KINDS[code]
-
-
-def _read_rows(cursor: Cursor, shapes: Sequence[torch.Size], kind: Kind, prefix: str) -> list[Tensor]:
-    """The rows of one prefix as float32: (1, k, width) per section, none of them empty."""
-    counts, sizes = [shape[1] for shape in shapes], [shape.numel() for shape in shapes]
-    scales: Sequence[Tensor | None] = [None] * len(shapes)
-    if kind in _SCALED:
-        bits = cursor.numbers("<i2", sum(counts), f"scales of {prefix!r}")
-        scales = [scale_k[None] for scale_k in bits.view(torch.bfloat16).split_with_sizes(counts)]
-    if kind == "ternary":
-        values = _read_ternary(cursor, sum(sizes), prefix)
-    else:
-        values = cursor.numbers(_LEVELS[kind], sum(sizes), f"values of {prefix!r}")
-    if kind == "int8" and (values == -128).any():
-        raise CodecError(f"int8 levels of {prefix!r} are -127 to 127, got -128; the sender's encoder is broken")
-    levels = [level.view(shape) for level, shape in zip(values.split_with_sizes(sizes), shapes)]
-    return [Levels(levels_ukw, scale_uk).rows() for levels_ukw, scale_uk in zip(levels, scales)]
-
-
-def _read_ternary(cursor: Cursor, size: int, prefix: str) -> Tensor:
-    levels = np.zeros(size, dtype=np.int8)
-    coding = cursor.byte(f"coding of {prefix!r}")
-    if coding == _BITMAP:
-        positions = np.flatnonzero(cursor.bits(size, f"bitmap of {prefix!r}"))
-    else:
-        (kept,) = cursor.fields(_COUNT, f"kept values of {prefix!r}")
-        positions = rice.decode(cursor, kept, size, coding)
-    negative = cursor.bits(len(positions), f"signs of {prefix!r}")
-    levels[positions] = np.where(negative, -1, 1)
-    return torch.from_numpy(levels)

@@ -37,6 +37,12 @@ def schema_of(pool: PoolSpec, gate: GateSpec, config: GateConfig) -> Schema:
     return Schema(sections)
 
 
+def metric_names(gate: GateConfig, round_index: int) -> tuple[str, ...]:
+    """What every user reports of a round (counted from 1): those of the gate only where it chose the masks."""
+    chosen_by_gate = gate.policy == "gate" and round_index > gate.warmup
+    return ("support_loss", "active_share", *(("reward", "reward_spread") if chosen_by_gate else ()))
+
+
 def initial_values(pool: PoolSpec, gate: GateSpec, schema: Schema, streams: Streams) -> dict[str, torch.Tensor]:
     """Fresh values for every section of the schema."""
     values = pool.init(streams.generator("pool"))

@@ -1,18 +1,22 @@
 """What users send: sections of rows, admitted by the server's schema before anything else sees them.
 
 `admit` is pure and stacked: it looks at U users at once, rejects users one by one, and clips the others.
-Order (security): schema, then finite, then clip, then weight cap.
+Order (security): schema, then finite, then absurd norms, then clip, then weight cap.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from federation.errors import PoolError
+
+T = TypeVar("T")
 
 Values = Mapping[str, Tensor]
 """The trained state, by section name: each (rows, width) float32."""
@@ -106,15 +110,17 @@ class Limits:
     max_norm: largest L2 norm, by prefix of the section's name ("pool", "gate"): the sections that share a prefix
     are clipped together. A prefix that is not listed is not clipped.
     max_weight: cap on a user's weight.
+    absurd: a norm above so many times the largest is refused, not clipped: no honest training makes one.
     """
 
     max_norm: Mapping[str, float] = field(default_factory=dict)
     max_weight: float = 1.0
+    absurd: float = 1e3
 
 
 @dataclass(frozen=True)
 class Rejections:
-    """Who was refused and why: {position in the block: reason}."""
+    """Who was refused and why: {position in the block: reason}. No reason holds a number of the user's."""
 
     reasons: Mapping[int, str]
 
@@ -126,29 +132,42 @@ def admit(block: UpdateBlock, schema: Schema, limits: Limits) -> tuple[UpdateBlo
     """The users whose updates are well formed, clipped and weight-capped, and the reasons for the others.
 
     A fault of shape or dtype cannot be told apart by user: then every user of the block is rejected.
-    The others are judged one by one: ids in range and unique, no more rows than allowed, all numbers finite.
+    The others are judged one by one: ids in range and unique, no more rows than allowed, all numbers finite, no
+    absurd norm. What becomes of a user depends neither on the others nor on padding.
     """
-    users = block.weight_u.shape[0] if block.weight_u.dim() else 0
     fault = _structure_fault(block, schema)
     if fault is not None:
-        empty = {
-            name: Section(
-                torch.zeros(0, spec.max_rows, dtype=torch.int32),
-                torch.zeros(0, spec.max_rows, dtype=torch.bool),
-                torch.zeros(0, spec.max_rows, spec.width),
-            )
-            for name, spec in schema.sections.items()
-        }
-        nobody = replace(block, sections=empty, weight_u=torch.zeros(0), metrics={})
-        return nobody, Rejections(dict.fromkeys(range(users), fault))
-    norms = {name: _row_norms(section) for name, section in block.sections.items()}
-    reasons = _user_faults(block, schema, norms)
+        users = block.weight_u.shape[0] if block.weight_u.dim() else 0
+        return _nobody(block, schema), Rejections(dict.fromkeys(range(users), fault))
+    slots = _slots_of(block, schema)
+    norms = {prefix: slots.norm_under(prefix) for prefix in limits.max_norm}
+    reasons = _user_faults(block, schema, slots)
+    for prefix, norm_u in norms.items():
+        reason = f"prefix {prefix!r}: a norm above {limits.absurd:g} times the largest"
+        _refuse(reasons, norm_u > limits.absurd * limits.max_norm[prefix], reason)
     if reasons:
-        keep = torch.ones(users, dtype=torch.bool)
+        keep = torch.ones(len(block.weight_u), dtype=torch.bool)
         keep[list(reasons)] = False
-        block, norms = block.take(keep), {name: norm_uk[keep] for name, norm_uk in norms.items()}
-    clipped = _clip(block.sections, norms, limits.max_norm)
-    return replace(block, sections=clipped, weight_u=block.weight_u.clamp(max=limits.max_weight)), Rejections(reasons)
+        block, norms = block.take(keep), {prefix: norm_u[keep] for prefix, norm_u in norms.items()}
+    sections = dict(block.sections)
+    if not slots.valid_un.all():
+        sections = {name: section.without_padding() for name, section in sections.items()}
+    for prefix, norm_u in norms.items():
+        sections |= _clip(_under(prefix, sections), norm_u, limits.max_norm[prefix])
+    return replace(block, sections=sections, weight_u=block.weight_u.clamp(max=limits.max_weight)), Rejections(reasons)
+
+
+def _nobody(block: UpdateBlock, schema: Schema) -> UpdateBlock:
+    """A block of no users."""
+    sections = {
+        name: Section(
+            torch.zeros(0, spec.max_rows, dtype=torch.int32),
+            torch.zeros(0, spec.max_rows, dtype=torch.bool),
+            torch.zeros(0, spec.max_rows, spec.width),
+        )
+        for name, spec in schema.sections.items()
+    }
+    return replace(block, sections=sections, weight_u=torch.zeros(0), metrics={})
 
 
 def _structure_fault(block: UpdateBlock, schema: Schema) -> str | None:
@@ -174,59 +193,98 @@ def _structure_fault(block: UpdateBlock, schema: Schema) -> str | None:
     return None
 
 
-def _row_norms(section: Section) -> Tensor:
-    """The L2 norm of every row, 0 for padding; not finite where an entry is not: (U, k) float64.
+@dataclass(frozen=True)
+class _Slots:
+    """The slots of all sections side by side, N per user, so that one pass judges them all.
 
-    One fast pass in float32. Only rows whose squares overflow there are looked at again, in float64, where finite
-    float32 entries never do.
+    places: where each section's slots lie, in schema order. ids_un, valid_un: (U, N), as in the sections.
+    norm_un: (U, N) float64, the L2 norm of each row: 0 for padding, not finite where an entry is not.
     """
-    norm_uk: Tensor = torch.linalg.vector_norm(section.rows_ukw, dim=2).double().masked_fill_(~section.valid_uk, 0.0)
-    odd_uk = ~torch.isfinite(norm_uk)
-    if odd_uk.any():
-        norm_uk[odd_uk] = section.rows_ukw[odd_uk].double().square().sum(1).sqrt()
-    return norm_uk
+
+    places: Mapping[str, slice]
+    ids_un: Tensor
+    valid_un: Tensor
+    norm_un: Tensor
+
+    def norm_under(self, prefix: str) -> Tensor:
+        """The L2 norm of each user's rows in the sections of a prefix: (U,) float64."""
+        nothing = self.norm_un.new_zeros(len(self.norm_un), 1)
+        own = [self.norm_un[:, place] for place in _under(prefix, self.places).values()]
+        # Added one after the other, where `sum` would build a tree: padding in between must not change a bit.
+        return torch.cat([nothing, *own], 1).square_().cumsum(1)[:, -1].sqrt()
 
 
-def _user_faults(block: UpdateBlock, schema: Schema, norms: Mapping[str, Tensor]) -> dict[int, str]:
+def _slots_of(block: UpdateBlock, schema: Schema) -> _Slots:
+    sections = [block.sections[name] for name in schema.sections]
+    ends = accumulate((section.ids_uk.shape[1] for section in sections), initial=0)
+    places = {name: slice(start, stop) for name, (start, stop) in zip(schema.sections, pairwise(ends))}
+    valid_un = torch.cat([section.valid_uk for section in sections], 1)
+    norm_un = torch.cat([torch.linalg.vector_norm(section.rows_ukw, dim=2) for section in sections], 1).double()
+    norm_un.masked_fill_(~valid_un, 0.0)
+    overflown_un = ~norm_un.isfinite()
+    if overflown_un.any():  # in float64 the squares of finite float32 entries never overflow
+        for section, place in zip(sections, places.values()):
+            again_uk = overflown_un[:, place]
+            norm_un[:, place][again_uk] = section.rows_ukw[again_uk].double().square().sum(1).sqrt()
+    return _Slots(places, torch.cat([section.ids_uk for section in sections], 1), valid_un, norm_un)
+
+
+def _user_faults(block: UpdateBlock, schema: Schema, slots: _Slots) -> dict[int, str]:
+    """The first fault of every user that has one."""
     reasons: dict[int, str] = {}
-
-    def refuse(bad_u: Tensor, reason: str) -> None:
-        for position in bad_u.nonzero().flatten().tolist():
-            reasons.setdefault(position, reason)
-
     for name, spec in schema.sections.items():
-        section = block.sections[name]
-        ids, valid = section.ids_uk, section.valid_uk
-        outside = ((ids < 0) | (ids >= spec.rows)) & valid
-        refuse(outside.any(1), f"section {name!r}: a row id outside 0..{spec.rows - 1}")
-        refuse(valid.sum(1) > spec.max_rows, f"section {name!r}: more than {spec.max_rows} rows")
-        padding = spec.rows + torch.arange(ids.shape[1], dtype=torch.int32)
-        ordered = torch.where(valid, ids, padding).sort(1).values
-        refuse((ordered[:, 1:] == ordered[:, :-1]).any(1), f"section {name!r}: a row id sent twice")
-        refuse(~torch.isfinite(norms[name]).all(1), f"section {name!r}: a number that is not finite")
-    refuse(~torch.isfinite(block.weight_u) | (block.weight_u < 0), "the weight must be finite and not negative")
-    for name, values in block.metrics.items():
-        refuse(~torch.isfinite(values), f"metric {name!r} must be finite")
+        if block.sections[name].ids_uk.shape[1] > spec.max_rows:
+            many_u = block.sections[name].valid_uk.sum(1) > spec.max_rows
+            _refuse(reasons, many_u, f"section {name!r}: more than {spec.max_rows} rows")
+    inside_un, twice_un = _judge_ids(schema, slots)
+    finite_un = slots.norm_un.isfinite()
+    if not (inside_un & finite_un & ~twice_un).all():
+        for name, place in slots.places.items():
+            outside = f"section {name!r}: a row id outside 0..{schema.sections[name].rows - 1}"
+            _refuse(reasons, ~inside_un[:, place].all(1), outside)
+            _refuse(reasons, twice_un[:, place].any(1), f"section {name!r}: a row id sent twice")
+            _refuse(reasons, ~finite_un[:, place].all(1), f"section {name!r}: a number that is not finite")
+    weight_u = block.weight_u
+    _refuse(reasons, ~weight_u.isfinite() | (weight_u < 0), "the weight must be finite and not negative")
+    for name, values_u in block.metrics.items():
+        _refuse(reasons, ~values_u.isfinite(), f"metric {name!r} must be finite")
     return reasons
 
 
-def _clip(
-    sections: Mapping[str, Section], norms: Mapping[str, Tensor], max_norm: Mapping[str, float]
-) -> dict[str, Section]:
-    """Padding becomes zero; each prefix's sections are scaled together to norm <= max_norm (a zero norm is left).
+def _judge_ids(schema: Schema, slots: _Slots) -> tuple[Tensor, Tensor]:
+    """Of each slot, whether its id is in range, and whether the user sent it before: (U, N) bool. Padding passes."""
+    specs = [(spec, place.stop - place.start) for spec, place in zip(schema.sections.values(), slots.places.values())]
+    firsts = accumulate((spec.rows for spec, _ in specs), initial=0)
+    rows_n = torch.tensor([spec.rows for spec, count in specs for _ in range(count)], dtype=torch.int32)
+    first_n = torch.tensor([first for first, (_, count) in zip(firsts, specs) for _ in range(count)], dtype=torch.int32)
+    inside_un = (slots.ids_un >= 0) & (slots.ids_un < rows_n)
+    unlike_n = torch.arange(-len(rows_n), 0, dtype=torch.int32)
+    keys_un, order_un = torch.where(slots.valid_un & inside_un, slots.ids_un + first_n, unlike_n).sort(1)
+    twice_un = torch.zeros_like(slots.valid_un)
+    twice_un.scatter_(1, order_un[:, 1:], keys_un[:, 1:] == keys_un[:, :-1])
+    return inside_un | ~slots.valid_un, twice_un
+
+
+def _refuse(reasons: dict[int, str], bad_u: Tensor, reason: str) -> None:
+    """Notes the reason for each user who has none yet."""
+    for position in bad_u.nonzero().flatten().tolist():
+        reasons.setdefault(position, reason)
+
+
+def _clip(sections: Mapping[str, Section], norm_u: Tensor, bound: float) -> dict[str, Section]:
+    """The sections, of these norms taken together, scaled to norm <= bound (a zero norm is left).
 
     Copies only what it changes.
     """
-    clipped = {name: section.without_padding() for name, section in sections.items()}
-    for prefix, bound in max_norm.items():
-        group = [name for name in clipped if name.split("/")[0] == prefix]
-        if not group:
-            continue
-        norm_u = torch.stack([norms[name].square().sum(1) for name in group]).sum(0).sqrt()
-        over_u = norm_u > bound
-        if over_u.any():
-            factor_u = torch.where(over_u, bound / norm_u.clamp_min(1e-300), 1.0).float()
-            for name in group:
-                section = clipped[name]
-                clipped[name] = replace(section, rows_ukw=section.rows_ukw * factor_u[:, None, None])
-    return clipped
+    over_u = norm_u > bound
+    if not over_u.any():
+        return dict(sections)
+    factor_u = torch.where(over_u, bound / norm_u.clamp_min(1e-300), 1.0).float()
+    return {
+        name: replace(section, rows_ukw=section.rows_ukw * factor_u[:, None, None])
+        for name, section in sections.items()
+    }
+
+
+def _under(prefix: str, by_section: Mapping[str, T]) -> dict[str, T]:
+    return {name: value for name, value in by_section.items() if name.split("/")[0] == prefix}

@@ -47,7 +47,8 @@ def rules_of(config: RunConfig, schema: Schema) -> Rules:
         prefix: _optimizer(wanted, config.federation.rounds)
         for prefix, wanted in (("pool", config.pool_optimizer), ("gate", config.gate_optimizer))
     }
-    limits = Limits({"pool": config.limits.pool_norm, "gate": config.limits.gate_norm}, config.limits.weight)
+    max_norm = {"pool": config.limits.pool_norm, "gate": config.limits.gate_norm}
+    limits = Limits(max_norm, config.limits.weight, config.limits.absurd)
     return Rules(schema, make_strategy(config.strategy.name, **config.strategy.options), optimizers, limits)
 
 

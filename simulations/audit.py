@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from client.store import shard_of
+from client.store import mended, shard_of
 from federation.config import RunConfig
 from federation.data.population import as_array
 from federation.streams import UserIds
-from simulations.compute.worker import Worker, blocks, mended
+from simulations.compute.worker import Worker, blocks
 from simulations.compute.workers import Workers
 from simulations.federate import STORE_NAME, cohort_of, cut, shards_of
 from simulations.setup import Setup

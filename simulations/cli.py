@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 from federation.errors import ConfigError, FedquiltError, FedquiltWarning
 from federation.experiments import experiment_path
 from federation.house import check_house
+from simulations.agent_commands import agent, ask
 from simulations.benchmarks.commands import bench
 from simulations.deployment_commands import deployment
 
@@ -74,6 +75,8 @@ def saying_warnings() -> Iterator[None]:
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(bench, name="bench", help="Measure speed on this machine.")
+app.command()(agent)
+app.add_typer(ask, name="ask", help="Ask the agent on a device.")
 app.add_typer(deployment)
 
 Experiment = Annotated[

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from federation import keys
 from federation.errors import RunError
 
 BIN = Path(sys.executable).parent
@@ -92,8 +93,9 @@ class Deployment:
         if self.keys is None:
             extra.append("--insecure")
         else:
-            extra += ["--ssl-ca-certfile", str(self.keys / "ca.pem"), "--ssl-certfile", str(self.keys / "server.pem")]
-            extra += ["--ssl-keyfile", str(self.keys / "server.key"), "--enable-supernode-auth"]
+            certificate, key = keys.certificate(self.keys, "server"), keys.certificate_key(self.keys, "server")
+            extra += ["--ssl-ca-certfile", str(self.keys / keys.CA), "--ssl-certfile", str(certificate)]
+            extra += ["--ssl-keyfile", str(key), "--enable-supernode-auth"]
         self._start("superlink", ["flower-superlink", "--host", "127.0.0.1", "--port", str(self.port), *extra])
         self._until_accepting("superlink", self.port)
 
@@ -103,7 +105,7 @@ class Deployment:
         joined = ["--superlink", f"127.0.0.1:{self.port}", "--host", "127.0.0.1", "--port", str(free_port())]
         secure = ["--insecure"]
         if self.keys is not None and key is not None:
-            secure = ["--root-certificates", str(self.keys / "ca.pem"), "--auth-supernode-private-key", str(key)]
+            secure = ["--root-certificates", str(self.keys / keys.CA), "--auth-supernode-private-key", str(key)]
         self._start(name, ["flower-supernode", *joined, *secure, *(["--node-config", words] if words else [])])
 
     def start_agent(self, name: str, arguments: Sequence[str]) -> None:
@@ -113,15 +115,18 @@ class Deployment:
     def wait_online(self, nodes: int, seconds: float = START_SECONDS) -> None:
         """Waits until so many SuperNodes are online."""
 
-        def online() -> bool:
-            return sum(node["status"] == "online" for node in self.flwr("supernode", "list")["nodes"]) >= nodes
+        self.until(lambda: self.online() >= nodes, f"{nodes} SuperNodes to be online", seconds)
 
-        self.until(online, f"{nodes} SuperNodes to be online", seconds)
+    def online(self) -> int:
+        """How many SuperNodes are online."""
+        return sum(node["status"] == "online" for node in self.flwr("supernode", "list")["nodes"])
 
     def submit(self, app: Path = HOUSE, **run_config: object) -> str:
         """Submits the app at `app`, with `state-x` for a keyword `state_x`; the run's id."""
         words = " ".join(f"{key.replace('_', '-')}={json.dumps(value)}" for key, value in run_config.items())
-        return str(self.flwr("run", str(app.absolute()), "trial", *(["--run-config", words] if words else []))["run-id"])
+        return str(
+            self.flwr("run", str(app.absolute()), "trial", *(["--run-config", words] if words else []))["run-id"]
+        )
 
     def wait_finished(self, run_id: str, seconds: float) -> None:
         """Waits for a run's end. Raises RunError with its log when it failed."""
@@ -187,7 +192,7 @@ class Deployment:
     def _write_connection(self) -> None:
         folder = self.root / "cli"
         folder.mkdir(exist_ok=True)
-        secure = "insecure = true" if self.keys is None else f'root-certificates = "{self.keys / "ca.pem"}"'
+        secure = "insecure = true" if self.keys is None else f'root-certificates = "{self.keys / keys.CA}"'
         text = f'[superlink]\ndefault = "trial"\n[superlink.trial]\naddress = "127.0.0.1:{self.port}"\n{secure}\n'
         (folder / "config.toml").write_text(text)
 

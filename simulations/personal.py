@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from client.personal import personalised
 from federation.config import RunConfig, parse
 from federation.data.population import Population
 from federation.errors import PopulationError, RunError
@@ -22,7 +23,7 @@ from simulations.federate import last_checkpoint
 from simulations.methods import known_methods
 from simulations.record import read_record
 from simulations.runs import MAIN
-from simulations.serve import Plan, Trained, payload, personalised, propose_masks, start_of, tune
+from simulations.serve import Plan, Trained, payload, propose_masks, start_of, tune
 from simulations.setup import Setup
 
 METHOD = "dsa_t2"

@@ -12,21 +12,28 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from client.adapt import Adam, Rows, unit_gains
-from client.round import distribution_of
+from client.adapt import Adam, Rows
+from client.personal import (
+    ActiveRows,
+    Tuning,
+    active_rows,
+    personal_schema,
+    personal_sections,
+    personal_values,
+    personalised,
+    proposed_masks,
+)
 from federation import masks
 from federation.codec import personal_bytes
 from federation.config import RunConfig
 from federation.devices import CPU, making_tensors_on, moved
 from federation.formats import quantise
-from federation.gate import GateState
-from federation.pool.spec import ModuleSpec, PoolSpec, gather, rows_of_mask
-from federation.state import GATE_SECTION
+from federation.pool.spec import PoolSpec
 from federation.streams import UserIds
-from federation.update import Schema, Section, SectionSpec, Values
+from federation.update import Values
 from simulations.cached import TargetFigures, target_figures
 from simulations.compute.worker import Worker
-from simulations.methods import Method, Tuned
+from simulations.methods import Method
 from simulations.setup import Setup
 from simulations.statistics import Floats
 
@@ -64,24 +71,9 @@ class Served:
 
 
 def propose_masks(worker: Worker, trained: Trained, user_ids: UserIds) -> tuple[None, dict[str, Tensor]]:
-    """The gate's and saliency's masks of each user, from `evaluate.gain_examples` support examples, packed."""
-    setup = worker.setup(trained.config)
-    gate, spec = trained.config.gate, setup.model.spec
-    values = trained.values["pool"]
-    streams = setup.streams.at("serve")
-    support = worker.batch(user_ids, "support", trained.config.evaluate.gain_examples, streams.at("gain"))
-    share = gate.budget / spec.rank
-    gain_ug = unit_gains(setup.model, values, support, share)
-    modules = len(spec.modules)
-    proposals = {"saliency": distribution_of(gain_ug, modules, gate).mode()}
-    if GATE_SECTION in values:
-        fresh = moved(setup.record_layout.fresh(user_ids), worker.device)
-        state = GateState(setup.model.features(support), fresh.embedding_ue, gain_ug, share)
-        logits_ug = setup.gate.logits(values[GATE_SECTION], state)
-        proposals["gate"] = distribution_of(logits_ug, modules, gate).mode()
-    random = distribution_of(torch.zeros_like(gain_ug), modules, gate)
-    uniform = streams.uniform("random mask", user_ids, (1, spec.units))
-    proposals["random"] = random.sample(uniform)[:, 0]
+    """Each policy's masks of each user, from `evaluate.gain_examples` support examples, packed."""
+    setup, gain_examples = worker.setup(trained.config), trained.config.evaluate.gain_examples
+    proposals = proposed_masks(setup, trained.values["pool"], worker, user_ids, gain_examples)
     return None, {name: masks.pack(mask) for name, mask in proposals.items()}
 
 
@@ -113,14 +105,10 @@ def serve_block(
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a method starts for U users: rows of the source, and which they are."""
+class Start(ActiveRows):
+    """Where a method starts for U users: rows of its source."""
 
     setup: Setup
-    spec: PoolSpec
-    rows: Rows
-    ids_ujk: Tensor
-    valid_ujk: Tensor
 
     @property
     def active_share(self) -> float:
@@ -141,11 +129,10 @@ def start_of(
         mask_ug = torch.zeros(users, spec.units, dtype=torch.bool)
     else:
         mask_ug = masks.unpack(packed[method.mask], spec.units)
-    most = int(mask_ug.view(users, len(spec.modules), -1).sum(2).max())
-    ids_ujk, valid_ujk = rows_of_mask(mask_ug, len(spec.modules), max(1, most))
     fresh = method.source in ("fresh", "base")
     values = fresh_values(worker, setup, spec) if fresh else trained.values[method.source]
-    return Start(setup, spec, gather(values, spec, ids_ujk, valid_ujk), ids_ujk, valid_ujk)
+    active = active_rows(values, spec, mask_ug)
+    return Start(active.spec, active.rows, active.ids_ujk, active.valid_ujk, setup)
 
 
 def fresh_values(worker: Worker, setup: Setup, spec: PoolSpec) -> Values:
@@ -154,66 +141,17 @@ def fresh_values(worker: Worker, setup: Setup, spec: PoolSpec) -> Values:
         return moved(spec.init(setup.streams.generator("fresh")), worker.device)
 
 
-def personal_widths(module: ModuleSpec, tuned: Tuned) -> dict[str, int]:
-    """What a user keeps of each active unit: nothing but its place, a scale, or a difference of its row."""
-    widths: dict[Tuned, dict[str, int]] = {
-        "nothing": {},
-        "scales": {"scale": 1},
-        "rows": {"down": module.d_in, "up": module.d_out},
-    }
-    return widths[tuned]
-
-
-def personalised(spec: PoolSpec, rows: Rows, personal: Rows, tuned: Tuned) -> Rows:
-    """The start's rows with what a user keeps: + difference, or the unit's strength times 1 + scale."""
-    if tuned == "nothing":
-        return rows
-    if tuned == "rows":
-        return {name: row + personal[name] for name, row in rows.items()}
-    return {
-        m.section: torch.cat(
-            (rows[m.section][..., : m.d_in], rows[m.section][..., m.d_in :] * (1 + personal[m.section])), -1
-        )
-        for m in spec.modules
-    }
-
-
 def tune(worker: Worker, start: Start, plan: Plan, user_ids: UserIds) -> Rows:
-    """What each user keeps after the plan's Adam steps on its support part, {section: (U, k, width)}.
-
-    Every method sees the same examples in the same order.
-    """
-    model, spec, tuned = start.setup.model, start.spec, plan.method.tuned
-    streams, examples = start.setup.streams.at("serve"), start.setup.config.evaluate.examples
-    widths = {m.section: sum(personal_widths(m, tuned).values()) for m in spec.modules}
-    zero = {name: row.new_zeros(*row.shape[:2], widths[name]) for name, row in start.rows.items()}
-    if tuned == "nothing":
-        return zero
-
-    def gradients_of(personal: Rows, step: int) -> list[Tensor]:
-        batch = worker.batch(user_ids, "support", examples, streams.at("tune", step))
-        leaves = {name: values.detach().requires_grad_() for name, values in personal.items()}
-        with model.bound(personalised(spec, start.rows, leaves, tuned)):
-            loss_u = model.loss(batch)
-        return list(torch.autograd.grad(loss_u.sum(), list(leaves.values())))
-
-    return Adam(plan.learning_rate, plan.steps).tune(gradients_of, zero)
+    """What each user keeps after the plan's Adam steps on its support part, {section: (U, k, width)}."""
+    adam, examples = Adam(plan.learning_rate, plan.steps), start.setup.config.evaluate.examples
+    return personal_values(start.setup, start, Tuning(plan.method.tuned, adam, examples), worker, user_ids)
 
 
 def payload(start: Start, personal: Rows, method: Method) -> tuple[Rows, Tensor]:
     """What users keep as it is read back from its bytes, and those bytes (U,). A shared method keeps nothing."""
     if method.mask in ("none", "all") and method.tuned == "nothing":
         return personal, torch.zeros(len(start.ids_ujk), dtype=torch.int64)
-    schema = Schema(
-        {
-            m.section: SectionSpec(start.spec.rank, personal_widths(m, method.tuned), start.spec.rank)
-            for m in start.spec.modules
-        }
-    )
-    sections = {
-        m.section: Section(start.ids_ujk[:, j].int(), start.valid_ujk[:, j], personal[m.section])
-        for j, m in enumerate(start.spec.modules)
-    }
+    schema, sections = personal_schema(start.spec, method.tuned), personal_sections(start, personal)
     formats = {"pool": method.rows}
     read = {name: section.rows_ukw for name, section in quantise(sections, formats).items()}
     return read, personal_bytes(sections, schema, formats)

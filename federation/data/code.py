@@ -26,6 +26,7 @@ from federation.data.corpus import (
     Document,
     TextCorpus,
     UserText,
+    in_parts,
     load_corpus,
     name_order,
     normalise,
@@ -113,19 +114,8 @@ def document(unit: Unit, bodies: Sequence[str], limits: CodeLimits) -> Document 
 
 
 def user_text(unit: Unit, bodies: Sequence[str], limits: CodeLimits) -> UserText | None:
-    """A user, or None when a part has too little text.
-
-    With at least five files, each part has files of its own (3/5, 1/5, 1/5); with fewer, its own stretch of
-    text.
-    """
-    if len(bodies) >= 5:
-        fifth = len(bodies) // 5
-        cuts = (bodies[2 * fifth :], bodies[fifth : 2 * fifth], bodies[:fifth])
-        support, query, test = ("\n\n".join(cut) for cut in cuts)
-    else:
-        text = "\n\n".join(bodies)
-        first, second = int(0.7 * len(text)), int(0.85 * len(text))
-        support, query, test = text[:first], text[first:second], text[second:]
+    """A user, or None when a part has too little text."""
+    support, query, test = in_parts(bodies)
     if len(support) < limits.least_support or len(query) < limits.least_query or len(test) < limits.least_test:
         return None
     parts = thin(support, limits.support), thin(query, limits.query), thin(test, limits.test)

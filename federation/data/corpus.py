@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
@@ -41,7 +41,7 @@ class UserText:
 
 @dataclass(frozen=True)
 class TextCorpus:
-    """Texts split by project: documents to pre-train on, training users, new users. All texts are ASCII.
+    """Texts split by project: documents to pre-train on, training users, new users. What is saved is ASCII.
 
     left_out: how many files, users or roles were left out, by reason. versions: what the texts were taken
     from.
@@ -66,7 +66,7 @@ def _fingerprint(parts: Iterable[tuple[Document, ...] | tuple[UserText, ...]]) -
         digest.update(f"{len(records)}\n".encode())
         for record in records:
             for value in _values(record):
-                digest.update(f"{len(value)}:".encode() + value.encode("ascii"))
+                digest.update(f"{len(value)}:".encode() + value.encode())
     return digest.hexdigest()
 
 
@@ -82,6 +82,21 @@ def normalise(text: str) -> str:
 def name_order(name: str) -> str:
     """A sort key that shuffles names in the same way everywhere, whatever other names there are."""
     return hashlib.sha256(name.encode()).hexdigest()
+
+
+def in_parts(documents: Sequence[str]) -> tuple[str, str, str]:
+    """A user's support, query and test.
+
+    With at least five documents, each part has documents of its own (3/5, 1/5, 1/5: test from the start of the order,
+    then query); with fewer, its own stretch of text (70, 15, 15%).
+    """
+    if len(documents) >= 5:
+        fifth = len(documents) // 5
+        support, query, test = documents[2 * fifth :], documents[fifth : 2 * fifth], documents[:fifth]
+        return "\n\n".join(support), "\n\n".join(query), "\n\n".join(test)
+    text = "\n\n".join(documents)
+    first, second = int(0.7 * len(text)), int(0.85 * len(text))
+    return text[:first], text[first:second], text[second:]
 
 
 def thin(text: str, limit: int) -> str:

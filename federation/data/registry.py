@@ -13,6 +13,7 @@ POPULATIONS: Plugins[Population] = Plugins(
     builtin={
         "code": "simulations.populations.text:code",
         "shakespeare": "simulations.populations.text:shakespeare",
+        "texts": "federation.data.texts:texts",
         "synthetic": "simulations.populations.synthetic:SyntheticPopulation",
         "workload": "simulations.benchmarks.workloads:WorkloadPopulation",
     },

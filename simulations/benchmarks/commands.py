@@ -111,6 +111,33 @@ def pipeline(
     conclude(result, out, "pipeline")
 
 
+@bench.command()
+def deployment(
+    *,
+    nodes: Annotated[
+        list[int],
+        typer.Option(min=2, help="SuperNodes; repeated, several federations.", default_factory=lambda: [2, 8]),
+    ],
+    rounds: Annotated[int, typer.Option(min=3, help="Of which the median counts.")] = 5,
+    repetitions: Annotated[int, typer.Option(min=3, help="Of admission, of which the median counts.")] = 5,
+    out: Out = None,
+) -> None:
+    """Rounds over real SuperNodes, with agents and without; bytes, memory, admission. Prints one JSON line."""
+    from simulations.benchmarks.deployment import measure
+
+    conclude(measure(nodes, rounds, repetitions), out, "deployment")
+
+
+@bench.command()
+def endurance(
+    rounds: Annotated[int, typer.Option(min=15, help="Rounds of each of both runs.")] = 20, out: Out = None
+) -> None:
+    """A federation over TLS while a node and the server are killed, beside one undisturbed. Prints one JSON line."""
+    from simulations.benchmarks.endurance import measure
+
+    conclude(measure(rounds), out, "endurance")
+
+
 class Result(Protocol):
     """What was measured. line: what the command prints. details: what else its record holds."""
 

@@ -17,12 +17,12 @@ import torch
 
 from client.round import RoundState, local_round, round_data
 from client.state import UserBlock, join
-from client.store import UserStore
+from client.store import UserStore, mended
 from federation.config import RunConfig
 from federation.data.population import Batch, Part, Population
 from federation.data.registry import make_population
 from federation.devices import CPU, making_tensors_on, moved
-from federation.errors import DamagedShardError, RunError
+from federation.errors import RunError
 from federation.formats import quantise
 from federation.streams import Streams, UserIds
 from federation.update import UpdateBlock
@@ -172,23 +172,6 @@ def run_on_store(
     """Compacts or rewinds the user store. Reports the shards that were set aside."""
     store = worker.store(worker.setup(config), store_folder)
     return None, mended(store, lambda: action(store, round_index))[1]
-
-
-def mended(store: UserStore, action: Callable[[], T]) -> tuple[T, tuple[int, ...]]:
-    """What an action on the store gives, and the shards that were found damaged: each is set aside and the action done
-    again, its users are fresh ones then.
-
-    Raises DamagedShardError when the shard that took its place is damaged too: then the disk is.
-    """
-    aside: tuple[int, ...] = ()
-    while True:
-        try:
-            return action(), aside
-        except DamagedShardError as damage:
-            if damage.shard in aside:
-                raise
-            store.set_aside(damage.shard)
-            aside = (*aside, damage.shard)
 
 
 def blocks(count: int, size: int) -> Iterator[slice]:

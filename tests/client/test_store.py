@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from client.state import FORMAT_VERSION, MAX_ROUND, RecordLayout, UserBlock, join
-from client.store import MANIFEST_NAME, UserStore, shard_of
-from federation.errors import StoreError
+from client.store import MANIFEST_NAME, UserStore, mended, shard_of
+from federation.errors import DamagedShardError, StoreError
 from tests.child import exit_code
 
 LAYOUT = RecordLayout(embedding_width=3, mask_bytes=2)
@@ -133,6 +133,11 @@ class StoreMachine(RuleBasedStateMachine):
                 expected = block_of(one, self.model[user, max(earlier)]) if earlier else LAYOUT.fresh(one)
                 assert_equal(block.take(slice(position, position + 1)), expected)
 
+    @invariant()
+    def no_record_is_newer_than_the_newest_round(self) -> None:
+        written = max((r for _, r in self.model), default=-1)
+        assert written <= self.store.newest_round() <= self.last_round
+
     def teardown(self) -> None:
         self.store.close()
         self.folder.cleanup()
@@ -223,6 +228,15 @@ def test_rewinding_drops_the_rounds_given_up_and_users_seen_in_them_alone(store:
     store.rewind(1)
     assert (store.count(), records_held(store)) == (30, 30)
     assert_equal(store.read(IDS, 9), join([block_of(IDS[:30], 1), LAYOUT.fresh(IDS[30:])]))
+
+
+def test_the_newest_round_is_that_of_the_shard_that_is_furthest(store: UserStore) -> None:
+    assert store.newest_round() == -1
+    store.write(block_of(IDS, 4), 4)
+    store.write(block_of(IDS[:1], 7), 7)
+    assert store.newest_round() == 7
+    store.rewind(5)
+    assert store.newest_round() == 5
 
 
 def test_bytes_per_user_are_the_blocks_of_the_files(store: UserStore) -> None:
@@ -321,6 +335,40 @@ def test_a_disk_that_takes_no_more_keeps_what_was_there(tmp_path: Path) -> None:
         opened.write(block_of(many, 2), 2)
 
 
+def damage(store: UserStore, shard: int) -> None:
+    """Zeros in place of the first pages of a shard's file."""
+    store.close()
+    with (store.folder / f"shard-{shard:04d}" / "data.mdb").open("r+b") as file:
+        file.write(bytes(2 * 4096))
+
+
+def test_mending_sets_damaged_shards_aside_and_does_the_action_again(store: UserStore) -> None:
+    store.write(block_of(IDS, 1), 1)
+    damage(store, 0)
+    damage(store, 2)
+    found, aside = mended(store, lambda: store.read(IDS, 2))
+    assert sorted(aside) == [0, 2]
+    lost = np.isin(shard_of(IDS, 3), [0, 2])
+    assert found.visits_u.tolist() == np.where(lost, 0, 1).tolist()
+    assert mended(store, lambda: store.count()) == ((~lost).sum(), ())
+    assert len(list(store.folder.glob("*.damaged-*"))) == 2
+
+
+def test_a_shard_that_is_damaged_again_at_once_is_an_error(store: UserStore) -> None:
+    store.write(block_of(IDS, 1), 1)
+    calls = 0
+
+    def refuse() -> None:
+        nonlocal calls
+        calls += 1
+        store.read(IDS, 2)
+        raise DamagedShardError("shard 1 is damaged", 1)
+
+    with pytest.raises(DamagedShardError):
+        mended(store, refuse)
+    assert calls == 2
+
+
 @pytest.mark.parametrize(("shards", "layout"), [(4, LAYOUT), (3, RecordLayout(3, 3)), (3, RecordLayout(4, 2))])
 def test_a_store_of_another_shape_is_refused(store: UserStore, shards: int, layout: RecordLayout) -> None:
     with pytest.raises(StoreError, match="asked for"):
@@ -342,3 +390,33 @@ def test_a_lost_or_damaged_manifest_is_refused(store: UserStore, content: bytes 
         (store.folder / MANIFEST_NAME).write_bytes(content)
     with pytest.raises(StoreError, match=MANIFEST_NAME if content != b'{"format": "other"}' else "asked for"):
         UserStore(store.folder, 3, LAYOUT)
+
+
+def test_forgotten_users_are_fresh_ones_and_others_stay(store: UserStore) -> None:
+    assert store.forget(IDS) == 0
+    assert not list(store._existing())
+    for stamp in (1, 2):
+        store.write(block_of(IDS, stamp), stamp)
+    gone = np.array([7, 900, 3, 30])
+    assert store.forget(gone) == 3
+    rest = np.setdiff1d(IDS, gone)
+    for before, stamp in ((2, 1), (3, 2)):
+        assert_equal(store.read(gone, before), LAYOUT.fresh(gone))
+        assert_equal(store.read(rest, before), block_of(rest, stamp))
+    assert (store.count(), records_held(store)) == (len(rest), 2 * len(rest))
+    assert store.forget(gone) == 0
+    store.write(block_of(gone, 3), 3)
+    assert_equal(store.read(gone, 4), block_of(gone, 3))
+
+
+def test_an_existing_store_is_opened_as_its_manifest_says(store: UserStore, tmp_path: Path) -> None:
+    store.write(block_of(IDS, 1), 1)
+    store.close()
+    with UserStore.existing(tmp_path) as found:
+        assert (found.shards, found.layout) == (3, LAYOUT)
+        assert_equal(found.read(IDS, 2), block_of(IDS, 1))
+    for content in (b"", b"[]", b'{"shards": 3}', b'{"shards": 3, "layout": {"width": 1}}', None):
+        path = tmp_path / MANIFEST_NAME
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(StoreError, match=r"store\.json is no manifest of a user store .*; restore it"):
+            UserStore.existing(tmp_path)

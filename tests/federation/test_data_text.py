@@ -56,6 +56,7 @@ def test_all_windows_lie_end_to_end_and_padding_has_no_weight(population, part):
             batch.inputs[row, count:], batch.inputs[row, :1].expand(batch.inputs.shape[1] - count, -1)
         )
     assert batch.inputs.dtype == batch.targets.dtype == torch.int64
+    assert population.tokens(0, part).dtype == np.uint16
 
 
 def test_drawn_windows_are_the_users_own_and_reach_both_ends(population):
@@ -120,12 +121,36 @@ def test_the_base_is_made_once_and_only_when_asked_for():
 def test_what_does_not_exist_is_refused(population):
     with pytest.raises(PopulationError, match="train and new, not 'test'"):
         population.users("test")
-    with pytest.raises(PopulationError, match=r"users of 'words' are 0\.\.4, got 3\.\.5"):
+    with pytest.raises(PopulationError, match=r"'words' has 5 users, none has the id 5; users\(\) gives"):
         population.batch(np.array([3, 5]), "test", 1, Streams(0))
-    with pytest.raises(PopulationError, match=r"0\.\.4, got -1\.\.-1"):
+    with pytest.raises(PopulationError, match="none has the id -1"):
         population.groups(np.array([-1]))
+    with pytest.raises(PopulationError, match="none has the id 7"):
+        population.tokens(7, "test")
 
 
 def test_a_population_without_users_can_say_so():
     empty = TextPopulation(TextCorpus("none", (), (), ()), PAIRS, base=object)
     assert empty.describe()["users"] == {"train": 0, "new": 0}
+    with pytest.raises(PopulationError, match="'none' has 0 users, none has the id 0"):
+        empty.groups(np.array([0]))
+
+
+def test_users_may_have_other_ids_which_alone_address_their_draws(population):
+    ids = np.array([7, 2**62, 2**62 + 1, 40, 3])
+    named = TextPopulation(CORPUS, PAIRS, base=object, window=WINDOW, ids=lambda users: ids[: len(users)])
+    np.testing.assert_array_equal(named.users("train"), ids[:2])
+    np.testing.assert_array_equal(named.users("new"), ids[2:])
+    for part in PARTS:
+        for users, rows in ((ids[[3, 0]], [3, 0]), (ids[2:], [2, 3, 4])):
+            ours, theirs = (
+                p.batch(u, part, None, Streams(0)) for p, u in ((named, users), (population, np.array(rows)))
+            )
+            assert torch.equal(ours.inputs, theirs.inputs)
+            assert torch.equal(ours.targets, theirs.targets)
+            np.testing.assert_array_equal(named.chars_per_target(users, part), population.chars_per_target(rows, part))
+            np.testing.assert_array_equal(named.groups(users), population.groups(rows))
+    length = len(tokens_of(population, 3, "support"))
+    start = Streams(1).integers("windows/support", np.array([40]), length - WINDOW, 5)[0]
+    expected = [tokens_of(population, 3, "support")[s : s + WINDOW] for s in start]
+    np.testing.assert_array_equal(named.batch(np.array([40]), "support", 5, Streams(1)).inputs[0], expected)

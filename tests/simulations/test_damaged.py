@@ -14,7 +14,7 @@ from client.state import UserBlock
 from client.store import UserStore, shard_of
 from federation.cohorts import draw_cohort
 from federation.errors import DamagedShardError, FedquiltWarning
-from simulations.compute.worker import Broadcast, ChunkReport, Worker, mended, merge_reports, perform, run_chunk
+from simulations.compute.worker import Broadcast, ChunkReport, Worker, merge_reports, perform, run_chunk
 from tests.simulations.tiny import Interrupt, interrupt_at, simulate, tiny_config, tiny_setup
 
 DAMAGED = 1
@@ -105,22 +105,4 @@ def test_damage_found_when_writing_keeps_what_was_trained(tmp_path: Path, monkey
     assert chunk(worker, tmp_path, 2, OURS[:6]).rebuilt == (DAMAGED,)
     store = worker.store(worker.setup(tiny_config()), tmp_path)
     assert store.read(OURS[:6], 3).visits_u.tolist() == [2] * 6
-    worker.close()
-
-
-def test_a_shard_that_is_damaged_again_at_once_is_an_error(tmp_path: Path) -> None:
-    worker = Worker(tiny_config())
-    chunk(worker, tmp_path, 1, OURS[:6])
-    store = worker.store(worker.setup(tiny_config()), tmp_path)
-    calls = 0
-
-    def refuse() -> None:
-        nonlocal calls
-        calls += 1
-        store.read(OURS, 2)
-        raise DamagedShardError("shard 1 is damaged", DAMAGED)
-
-    with pytest.raises(DamagedShardError):
-        mended(store, refuse)
-    assert calls == 2
     worker.close()

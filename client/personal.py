@@ -1,0 +1,163 @@
+"""What a user keeps of its own: a mask that the policy proposes, its rows tuned on the user's support part, as bytes.
+
+The same functions serve a block of users in an evaluation and one user on its device. All of them are on the device
+of their arguments. Which examples are drawn follows from the task's seed and the user's id alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from client.adapt import Adam, Rows, unit_gains
+from client.round import distribution_of
+from client.task import Task
+from federation.config import PersonalConfig
+from federation.data.population import Examples
+from federation.gate import GateState
+from federation.pool.spec import ModuleSpec, PoolSpec, gather, rows_of_mask
+from federation.state import GATE_SECTION
+from federation.streams import UserIds
+from federation.update import Schema, Section, SectionSpec, Values
+
+Tuned = Literal["nothing", "scales", "rows"]
+"""What a user tunes, and keeps, of each active unit: nothing but its place, a scale, or a difference of its row."""
+
+STREAM = "serve"
+
+
+@dataclass(frozen=True)
+class ActiveRows:
+    """The rows that U users' masks pick from a pool, and which they are.
+
+    rows: {section: (U, k, d_in + d_out)}. ids_ujk: (U, J, k) int64. valid_ujk: (U, J, k) bool, False is padding.
+    """
+
+    spec: PoolSpec
+    rows: Rows
+    ids_ujk: Tensor
+    valid_ujk: Tensor
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How U users tune: what they keep, by which steps, and how many support examples each step sees."""
+
+    tuned: Tuned
+    optimizer: Adam
+    examples: int
+
+
+def proposed_masks(
+    task: Task, values: Values, examples: Examples, user_ids: UserIds, gain_examples: int
+) -> dict[str, Tensor]:
+    """Each policy's mask of each user, (U, G) bool by the policy's name, from so many of its support examples.
+
+    "saliency" and "random" always, "gate" where there is a trained one: it knows of the user what the examples say.
+    """
+    gate, spec = task.config.gate, task.model.spec
+    streams = task.streams.at(STREAM)
+    support = examples.batch(user_ids, "support", gain_examples, streams.at("gain"))
+    share = gate.budget / spec.rank
+    gain_ug = unit_gains(task.model, values, support, share)
+    modules = len(spec.modules)
+    proposals = {"saliency": distribution_of(gain_ug, modules, gate).mode()}
+    if GATE_SECTION in values:
+        unknown_ue = support.weight.new_zeros(len(user_ids), gate.embedding)
+        state = GateState(task.model.features(support), unknown_ue, gain_ug, share)
+        logits_ug = task.gate.logits(values[GATE_SECTION], state)
+        proposals["gate"] = distribution_of(logits_ug, modules, gate).mode()
+    random = distribution_of(torch.zeros_like(gain_ug), modules, gate)
+    uniform = streams.uniform("random mask", user_ids, (1, spec.units))
+    proposals["random"] = random.sample(uniform)[:, 0]
+    return proposals
+
+
+def policy_masks(task: Task, values: Values, examples: Examples, user_ids: UserIds) -> Tensor:
+    """The mask of each user that the task's own policy proposes, (U, G) bool."""
+    policy = task.config.gate.policy
+    if policy == "all":
+        return torch.ones(len(user_ids), task.model.spec.units, dtype=torch.bool)
+    return proposed_masks(task, values, examples, user_ids, task.config.personal.gain_examples)[policy]
+
+
+def tuning_of(config: PersonalConfig) -> Tuning:
+    """How a device tunes its users' rows."""
+    return Tuning("rows", Adam(config.learning_rate, config.steps), config.examples)
+
+
+def active_rows(values: Values, spec: PoolSpec, mask_ug: Tensor) -> ActiveRows:
+    """The rows of the masks (U, G). A user without any active unit has one row of padding in each module."""
+    users, modules = len(mask_ug), len(spec.modules)
+    most = int(mask_ug.view(users, modules, -1).sum(2).max())
+    ids_ujk, valid_ujk = rows_of_mask(mask_ug, modules, max(1, most))
+    return ActiveRows(spec, gather(values, spec, ids_ujk, valid_ujk), ids_ujk, valid_ujk)
+
+
+def personal_values(task: Task, active: ActiveRows, tuning: Tuning, examples: Examples, user_ids: UserIds) -> Rows:
+    """What each user keeps after Adam's steps on its support part: {section: (U, k, width)}, zero before the first.
+
+    Every way to tune sees the same examples in the same order.
+    """
+    model, spec, tuned = task.model, active.spec, tuning.tuned
+    widths = {m.section: sum(personal_widths(m, tuned).values()) for m in spec.modules}
+    zero = {name: row.new_zeros(*row.shape[:2], widths[name]) for name, row in active.rows.items()}
+    if tuned == "nothing":
+        return zero
+
+    def gradients_of(personal: Rows, step: int) -> list[Tensor]:
+        batch = examples.batch(user_ids, "support", tuning.examples, task.streams.at(STREAM, "tune", step))
+        leaves = {name: values.detach().requires_grad_() for name, values in personal.items()}
+        with model.bound(personalised(spec, active.rows, leaves, tuned)):
+            loss_u = model.loss(batch)
+        return list(torch.autograd.grad(loss_u.sum(), list(leaves.values())))
+
+    return tuning.optimizer.tune(gradients_of, zero)
+
+
+def personal_widths(module: ModuleSpec, tuned: Tuned) -> dict[str, int]:
+    """The widths of what a user keeps of each active unit of a module, by factor."""
+    widths: dict[Tuned, dict[str, int]] = {
+        "nothing": {},
+        "scales": {"scale": 1},
+        "rows": {"down": module.d_in, "up": module.d_out},
+    }
+    return widths[tuned]
+
+
+def personal_schema(spec: PoolSpec, tuned: Tuned) -> Schema:
+    """The layout of what users of a pool keep."""
+    return Schema({m.section: SectionSpec(spec.rank, personal_widths(m, tuned), spec.rank) for m in spec.modules})
+
+
+def personal_sections(active: ActiveRows, personal: Rows) -> dict[str, Section]:
+    """What U users keep, as the codec takes it."""
+    return {
+        m.section: Section(active.ids_ujk[:, j].int(), active.valid_ujk[:, j], personal[m.section])
+        for j, m in enumerate(active.spec.modules)
+    }
+
+
+def personalised(spec: PoolSpec, rows: Rows, personal: Rows, tuned: Tuned) -> Rows:
+    """The rows with what users keep: + difference, or the unit's strength times 1 + scale."""
+    if tuned == "nothing":
+        return rows
+    if tuned == "rows":
+        return {name: row + personal[name] for name, row in rows.items()}
+    return {
+        m.section: torch.cat(
+            (rows[m.section][..., : m.d_in], rows[m.section][..., m.d_in :] * (1 + personal[m.section])), -1
+        )
+        for m in spec.modules
+    }
+
+
+def served_rows(values: Values, spec: PoolSpec, kept: Mapping[str, Section], tuned: Tuned) -> dict[str, Tensor]:
+    """One user's rows, {section: (1, k, d_in + d_out)}: the pool's with what its decoded bytes keep. k may be 0."""
+    rows = {m.section: values[m.section][kept[m.section].ids_uk.long()] for m in spec.modules}
+    personal = {name: section.rows_ukw.to(rows[name].device) for name, section in kept.items()}
+    return dict(personalised(spec, rows, personal, tuned))

@@ -1,0 +1,328 @@
+"""What a node does for the apps on its device: a personal model for each of its users, from the release in service.
+
+Rows that a user tuned are kept as a difference to the release that they were tuned on, which the node keeps for as
+long. A user without any is served by the mask that the release's policy proposes; before the first release, everyone
+is served by the base. All calls may be made from several threads, and beside a training.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from client.generate import Sampling, context_of, fitting, generate, log_probs, streamed_text
+from client.node import Node
+from client.personal import (
+    active_rows,
+    personal_schema,
+    personal_sections,
+    personal_values,
+    policy_masks,
+    served_rows,
+    tuning_of,
+)
+from client.personal_store import Kept
+from client.task import Task, row_format
+from federation.codec import decode_personal, encode_personal
+from federation.data.tokenizer import Tokenizer
+from federation.devices import making_tensors_on
+from federation.errors import CodecError, FedquiltWarning, NodeError, StoreError
+from federation.pool.model import PooledModel
+from federation.pool.spec import PoolSpec
+from federation.streams import UserIds
+from federation.update import Section, Values
+
+CANNOT_UNDO = (
+    "what the user contributed to pools, which servers hold",
+    "the user's own data, in the folder that the node reads, and copies of the node's folder",
+    "files that were damaged and set aside, and freed pages of the node's stores until they are used again",
+)
+_REMEMBERED = 256
+"""Users whose proposed masks are held in memory: proposing one takes a backward pass."""
+
+
+@dataclass(frozen=True)
+class Personalised:
+    """What came of it. version: of the release. losses: on the user's query part, nats per target, by the proposed
+    mask alone and with the kept values."""
+
+    version: str
+    steps: int
+    personal_bytes: int
+    loss_before: float
+    loss_after: float
+
+
+@dataclass(frozen=True)
+class Scored:
+    """How well a text is foretold, from its second token on. tokens: how many that are."""
+
+    tokens: int
+    nats_per_token: float
+    bits_per_char: float
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What was removed: personal values, and the training state that so many federations had. And what remains."""
+
+    had_values: bool
+    federations: int
+    cannot_undo: tuple[str, ...] = CANNOT_UNDO
+
+
+@dataclass(frozen=True)
+class Rebased:
+    """How many users' values were moved to the newer release, and how many stayed with their own."""
+
+    moved: int
+    stayed: int
+
+
+@dataclass(frozen=True)
+class ServingStatus:
+    """A node in numbers. users: by split. versions: of the pools that are kept. release: "" for none."""
+
+    users: Mapping[str, int]
+    personalised: int
+    forgotten: int
+    release: str
+    versions: tuple[str, ...]
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
+class PersonalModel:
+    """A model and one user's rows, {section: (1, k, d_in + d_out)}; None for the base alone."""
+
+    model: PooledModel
+    rows: Mapping[str, Tensor] | None
+
+
+class Serving:
+    """A node's users, served. Raises NodeError for users that are not the node's, from every method that takes one."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._keeping = threading.Lock()
+        self._masks: dict[tuple[int, str], Tensor] = {}
+
+    def personalize(self, user: str) -> Personalised:
+        """Tunes the user's rows on its support part, and keeps them.
+
+        Raises NodeError before the first release, and when the tuning diverged: then nothing is kept.
+        """
+        user_id, version = self._node.user_id(user), self._release()
+        task, values = self._node.loaded(version)
+        ids, spec = _one(user_id), task.model.spec
+        with making_tensors_on(self._node.device):
+            active = active_rows(values, spec, policy_masks(task, values, self._node, ids))
+            personal = personal_values(task, active, tuning_of(task.config.personal), self._node, ids)
+        kept = Kept(version, _encoded(task, personal_sections(active, personal), version))
+        before = self._query_loss(task, active.rows, ids)
+        after = self._query_loss(task, _decoded(user, task, values, kept), ids)
+        if not math.isfinite(after):
+            raise NodeError(
+                "failed",
+                f"tuned rows give a finite loss, user {user!r} got {after}; the federation's personal.learning_rate "
+                f"({task.config.personal.learning_rate}) is too high: lower it. What the user had is as it was",
+            )
+        self._keep(user_id, kept)
+        return Personalised(version, task.config.personal.steps, len(kept.payload), before, after)
+
+    def model_of(self, user: str) -> PersonalModel:
+        """The user's personal model.
+
+        Raises StoreError when its values are damaged, NodeError when the pool that they refer to is.
+        """
+        user_id = self._node.user_id(user)
+        kept = self._node.personal.get(user_id)
+        if kept is not None:
+            task, values = self._referred(user, kept.version)
+            return PersonalModel(task.model, _decoded(user, task, values, kept))
+        if not self._node.release:
+            return PersonalModel(PooledModel(self._node.base_model(), PoolSpec((), 1, 1.0)), None)
+        version = self._node.release
+        task, values = self._node.loaded(version)
+        mask_ug = self._proposed(user_id, version, task, values)
+        return PersonalModel(task.model, active_rows(values, task.model.spec, mask_ug).rows)
+
+    def generate(
+        self, user: str, prompt: str, max_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> Generator[str, None, None]:
+        """The text with which the user's model continues the prompt, piece by piece; see `Sampling`.
+
+        Of a prompt that is longer than the model's context, the end is used, with a warning. Raises NodeError when the
+        users' data are no text, ConfigError for an empty prompt or numbers out of range.
+        """
+        tokenizer = self._tokenizer()
+        sampling = Sampling(max_tokens, temperature, seed, getattr(tokenizer, "eos", None))
+        personal = self.model_of(user)
+        tokens = tokenizer.encode(prompt).tolist()
+        used = fitting(tokens, context_of(personal.model), max_tokens)
+        if len(used) < len(tokens):
+            warnings.warn(
+                FedquiltWarning(f"a prompt of {len(tokens)} tokens is too long: its last {len(used)} are used"),
+                stacklevel=2,
+            )
+        return streamed_text(tokenizer, used, generate(personal.model, personal.rows, used, sampling))
+
+    def score(self, user: str, text: str) -> Scored:
+        """How well the user's model foretells a text. Raises NodeError when it has less than two tokens, or the users'
+        data are no text."""
+        tokenizer = self._tokenizer()
+        personal = self.model_of(user)
+        tokens = tokenizer.encode(text)
+        if len(tokens) < 2:
+            raise NodeError("failed", f"a text is scored from its second token on, it has {len(tokens)}; give more")
+        nats = -float(log_probs(personal.model, personal.rows, tokens.tolist()).double().sum())
+        characters = int(tokenizer.characters(text, tokens)[1:].sum())
+        foretold = len(tokens) - 1
+        return Scored(foretold, nats / foretold, nats / math.log(2.0) / max(1, characters))
+
+    def forget(self, user: str) -> Forgotten:
+        """Removes what the node made of the user's data, and leaves the user out of all that it does from now on.
+
+        Raises NodeError while the node trains.
+        """
+        user_id = self._node.user_id(user)
+        with self._keeping:
+            had_values, federations = self._node.forget(user_id)
+            self._masks = {key: mask for key, mask in self._masks.items() if key[0] != user_id}
+            self._node.pin(self._node.personal.versions())
+        return Forgotten(had_values, federations)
+
+    def rebase(self, version: str, user: str | None = None, margin: float = 0.0) -> Rebased:
+        """Moves the values of one user, or of all, to another release, for those whom it serves as well.
+
+        A user's difference is added to the rows of that release instead. It moves if its loss on the user's query part,
+        in nats per target, is then at most `margin` higher; else the user stays as it is.
+
+        Raises NodeError for a version that is not kept, or a user without values; StoreError for damaged ones.
+        """
+        wanted = self._with_values() if user is None else [self._node.user_id(user)]
+        found = [(user_id, self._node.personal.get(user_id)) for user_id in wanted]
+        values_of = {user_id: kept for user_id, kept in found if kept is not None}
+        if user is not None and not values_of:
+            raise NodeError("failed", f"user {user!r} has no personal values to rebase; personalise it first")
+        self._node.loaded(version)
+        moved = sum(self._moved(user_id, kept, version, margin) for user_id, kept in values_of.items())
+        return Rebased(moved, len(values_of) - moved)
+
+    def status(self) -> ServingStatus:
+        """Counts and sizes; nothing of a single user."""
+        described, personal = self._node.describe(), self._node.personal
+        disk_bytes = 0
+        for path in self._node.config.state.rglob("*"):
+            with suppress(FileNotFoundError):  # a file that is being replaced
+                disk_bytes += path.stat().st_blocks * 512
+        return ServingStatus(
+            described.users,
+            len(personal.users()),
+            len(personal.forgotten()),
+            described.release,
+            described.versions,
+            disk_bytes,
+        )
+
+    def _release(self) -> str:
+        if not self._node.release:
+            raise NodeError(
+                "failed",
+                "a user is personalised on a release, this node serves none yet; make one on the server with "
+                "`fedquilt release`, and let this node take part once more: it is told then",
+            )
+        return self._node.release
+
+    def _tokenizer(self) -> Tokenizer:
+        tokenizer: Tokenizer | None = getattr(self._node.population, "tokenizer", None)
+        if tokenizer is None:
+            raise NodeError(
+                "failed",
+                f"text is generated and scored for users of text, those of population {self._node.population.name!r} "
+                "have none; use its personal models from Python (`Serving.model_of`)",
+            )
+        return tokenizer
+
+    def _referred(self, user: str, version: str) -> tuple[Task, Values]:
+        """What a user's values refer to."""
+        try:
+            return self._node.loaded(version)
+        except NodeError as error:
+            raise NodeError(
+                "failed", f"user {user!r} has values that refer to the pool {version}: {error}; or personalise it again"
+            ) from error
+
+    def _proposed(self, user_id: int, version: str, task: Task, values: Values) -> Tensor:
+        """The mask that the release's policy proposes for one user, (1, G)."""
+        key = user_id, version
+        mask_ug = self._masks.get(key)
+        if mask_ug is None:
+            with making_tensors_on(self._node.device):
+                mask_ug = policy_masks(task, values, self._node, _one(user_id))
+            with self._keeping:
+                newest = list(self._masks.items())[-(_REMEMBERED - 1) :]
+                self._masks = {**dict(newest), key: mask_ug}
+        return mask_ug
+
+    def _keep(self, user_id: int, kept: Kept) -> None:
+        """Stores a user's values. The pool that they refer to is pinned before, so that no kill leaves them alone."""
+        with self._keeping:
+            self._node.pin(self._node.personal.versions() | {kept.version})
+            self._node.personal.put(user_id, kept)
+            self._node.pin(self._node.personal.versions())
+
+    def _with_values(self) -> list[int]:
+        return [user_id for user_id in self._node.personal.users().tolist() if self._node.holds(user_id)]
+
+    def _moved(self, user_id: int, kept: Kept, version: str, margin: float) -> bool:
+        """Whether the user's values refer to this version now, having been moved."""
+        user = str(user_id)
+        task, values = self._referred(user, kept.version)
+        newer, newer_values = self._node.loaded(version)
+        if kept.version == version or task.model.spec != newer.model.spec:
+            return False
+        ids = _one(user_id)
+        rebased = Kept(version, _encoded(newer, _sections(user, task, kept), version))
+        before = self._query_loss(task, _decoded(user, task, values, kept), ids)
+        after = self._query_loss(newer, _decoded(user, newer, newer_values, rebased), ids)
+        if not after <= before + margin:
+            return False
+        self._keep(user_id, rebased)
+        return True
+
+    def _query_loss(self, task: Task, rows: Mapping[str, Tensor], ids: UserIds) -> float:
+        """One user's mean loss on the whole query part."""
+        batch = self._node.batch(ids, "query", None, task.streams)
+        with making_tensors_on(self._node.device), torch.no_grad(), task.model.bound(rows):
+            return float(task.model.loss(batch))
+
+
+def _one(user_id: int) -> UserIds:
+    return np.array([user_id], dtype=np.int64)
+
+
+def _encoded(task: Task, sections: Mapping[str, Section], version: str) -> bytes:
+    formats = {"pool": row_format(task.config.personal.rows)}
+    return encode_personal(sections, 0, personal_schema(task.model.spec, "rows"), formats, version)
+
+
+def _sections(user: str, task: Task, kept: Kept) -> dict[str, Section]:
+    """What a user's bytes keep. Raises StoreError when they are of another model."""
+    try:
+        return decode_personal(kept.payload, personal_schema(task.model.spec, "rows"), kept.version)
+    except CodecError as error:
+        raise StoreError(f"personal values of user {user!r} cannot be read ({error}); personalise it again") from error
+
+
+def _decoded(user: str, task: Task, values: Values, kept: Kept) -> dict[str, Tensor]:
+    """The rows that a user's bytes stand for. Raises as `_sections`."""
+    return served_rows(values, task.model.spec, _sections(user, task, kept), "rows")

@@ -1,0 +1,116 @@
+"""The server's side alone: how much memory replies take, and how many are admitted per second. Nodes are made up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from federation import frames
+from federation.codec import decode_all, encode
+from federation.config import RunConfig
+from federation.exchange import Contribution, Work
+from federation.formats import Kind, RowFormat
+from federation.update import Limits, Schema, Section, SectionSpec, UpdateBlock, admit
+from server.admission import Desk
+from server.audit import AuditLog
+from server.intake import Intake
+from server.lifting import InProcessLifter
+from server.nodes import Parcel
+from server.plan import Plan, Seat
+from server.round import Rules
+from simulations.benchmarks.aggregation import POOL
+from simulations.benchmarks.clock import in_turns, one_thread
+from simulations.compute.memory import private_memory, total
+from strategies.means import MaskedMean
+
+LIMITS = Limits({"pool": 1e6, "gate": 1e6})
+REPLIES, BLOCK = 512, 32
+KINDS: Mapping[Kind, int] = {"fp32": 480, "int8": 1900}
+"""The width of a row with which an update of 8 units of 8 modules and a gate has 128 KiB."""
+
+_MODULES, _RANK, _BUDGET, _GATE = 8, 32, 8, 2000
+_CONFIG = RunConfig.model_validate({"gate": {"policy": "all"}, "compute": {"block": 16}})
+
+
+def admission(repetitions: int) -> tuple[dict[str, tuple[float, ...]], int]:
+    """Seconds for `REPLIES` replies by the kind of their rows, on one thread; and the bytes of the largest update.
+
+    For each: its frames split, its digest taken, then in blocks decoded, checked and clipped; what is left is lifting.
+    """
+    payloads = {kind: _update_of_128_kib(kind) for kind in KINDS}
+    sides = {kind: lambda kind=kind: _admit_all(_schema(kind), payloads[kind]) for kind in KINDS}
+    with one_thread():
+        taken = in_turns(sides, repetitions)
+    return {str(kind): seconds for kind, seconds in taken.items()}, max(map(len, payloads.values()))
+
+
+def memory(replies: int) -> float | None:
+    """The most private memory, in MiB, of a process that takes in so many replies of 0.9 MB each."""
+    code = f"from simulations.benchmarks.intake import take_in; take_in({replies})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
+    found: float | None = json.loads(done.stdout)
+    return found
+
+
+def take_in(replies: int) -> None:
+    """Prints the most memory that this process holds while it takes in replies, one user each."""
+    torch.set_num_threads(1)
+    schema = Schema(POOL.sections(max_rows=_BUDGET))
+    work = Work("benchmark", 1, 1, "r0")
+    plan = Plan(work, tuple(Seat(node, (0,), node) for node in range(replies)))
+    rules = Rules(schema, MaskedMean(), {}, LIMITS)
+    most = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        desk = Desk(_CONFIG, AuditLog(Path(folder) / "audit.jsonl"))
+        intake = Intake(plan, rules, rules.strategy.init(schema), InProcessLifter(), desk, _CONFIG)
+        while wanted := intake.wanted:
+            for node in wanted:
+                payload = frames.join([_update(schema, "fp32", ("support_loss", "active_share"), seed=node)])
+                intake.take(Parcel(str(node), node, Contribution(work, {}, payload), len(payload)))
+                most = max(most, total(private_memory()) or 0.0)
+        assert intake.close().admitted == replies
+    print(json.dumps(most or None))
+
+
+def _schema(kind: Kind) -> Schema:
+    row = {"down": KINDS[kind] // 2, "up": KINDS[kind] // 2}
+    modules = {f"pool/{j}": SectionSpec(_RANK, row, _BUDGET) for j in range(_MODULES)}
+    return Schema({**modules, "gate": SectionSpec(1, {"phi": _GATE}, 1)})
+
+
+def _update_of_128_kib(kind: Kind) -> bytes:
+    return _update(_schema(kind), kind, ("support_loss",), seed=0)
+
+
+def _update(schema: Schema, kind: Kind, metrics: Sequence[str], seed: int) -> bytes:
+    generator = torch.Generator().manual_seed(seed)
+    sections = {
+        name: Section(
+            torch.arange(spec.max_rows, dtype=torch.int32)[None],
+            torch.ones(1, spec.max_rows, dtype=torch.bool),
+            torch.randn(1, spec.max_rows, spec.width, generator=generator),
+        )
+        for name, spec in schema.sections.items()
+    }
+    block = UpdateBlock(sections, torch.ones(1), {name: torch.ones(1) for name in metrics}, 1, "r0")
+    return encode(block, 0, schema, {"pool": RowFormat(kind), "gate": RowFormat("fp32")})
+
+
+def _admit_all(schema: Schema, payload: bytes) -> None:
+    reply = frames.join([payload])
+    for start in range(0, REPLIES, BLOCK):
+        arrived = []
+        for _ in range(start, start + BLOCK):
+            hashlib.sha256(reply).digest()
+            arrived += frames.split(reply, 1, 2**24)
+        block, faults = decode_all(arrived, schema, "r0", ("support_loss",), round_index=1)
+        _, rejections = admit(block, schema, LIMITS)
+        assert not faults
+        assert not rejections

@@ -1,0 +1,144 @@
+"""What users keep: a block of users against each user alone, and rows against the bytes that they are kept as.
+
+Masks and tuning are compared with a loop over users in plain PyTorch in tests/simulations/test_evaluate.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from client.adapt import Adam
+from client.personal import (
+    ActiveRows,
+    Tuning,
+    active_rows,
+    personal_schema,
+    personal_sections,
+    personal_values,
+    personalised,
+    policy_masks,
+    proposed_masks,
+    served_rows,
+    tuning_of,
+)
+from federation.codec import decode_personal, encode_personal
+from federation.config import PersonalConfig
+from federation.formats import RowFormat, quantise
+from simulations.compute.worker import Worker
+from simulations.setup import Setup
+from tests.simulations.tiny import tiny_config
+
+IDS = np.array([3, 61, 70])
+
+
+class House:
+    """A task with values as if they had been trained, and its users' examples."""
+
+    def __init__(self, *overrides: str) -> None:
+        config = tiny_config("personal={gain_examples=8}", *overrides)
+        self.worker = Worker(config)
+        self.task: Setup = self.worker.setup(config)
+        generator = torch.Generator().manual_seed(5)
+        first = self.task.begin().values
+        self.values = {
+            name: rows + (2.0 if name == "gate" else 0.3) * torch.randn(rows.shape, generator=generator)
+            for name, rows in first.items()
+        }
+
+    @property
+    def spec(self):
+        return self.task.model.spec
+
+
+@pytest.fixture(scope="module")
+def house() -> House:
+    return House()
+
+
+def test_masks_of_a_block_are_those_of_each_user_alone(house: House) -> None:
+    together = proposed_masks(house.task, house.values, house.worker, IDS, 8)
+    assert set(together) == {"gate", "saliency", "random"}
+    for u, user_id in enumerate(IDS):
+        alone = proposed_masks(house.task, house.values, house.worker, np.array([user_id]), 8)
+        for name, mask_ug in together.items():
+            assert torch.equal(mask_ug[u], alone[name][0])
+            assert mask_ug.view(len(IDS), -1, house.spec.rank).sum(2).eq(2).all()
+    assert len({tuple(mask_ug.flatten().tolist()) for mask_ug in together.values()}) == 3
+
+
+@pytest.mark.parametrize("policy", ["gate", "saliency", "random", "all"])
+def test_a_policy_proposes_its_own_masks(policy: str) -> None:
+    house = House(f"gate.policy='{policy}'")
+    found = policy_masks(house.task, house.values, house.worker, IDS)
+    proposals = proposed_masks(house.task, house.values, house.worker, IDS, 8)
+    expected = torch.ones(3, house.spec.units, dtype=torch.bool) if policy == "all" else proposals[policy]
+    assert torch.equal(found, expected)
+    others = proposed_masks(house.task, house.values, house.worker, IDS, 4)
+    assert policy in ("random", "all") or not torch.equal(others[policy], expected)
+
+
+def test_a_device_tunes_by_its_settings() -> None:
+    config = PersonalConfig(steps=3, learning_rate=0.25, examples=5)
+    assert tuning_of(config) == Tuning("rows", Adam(0.25, 3), 5)
+
+
+def test_rows_are_those_of_the_mask_and_padding_is_zero(house: House) -> None:
+    mask_ug = torch.zeros(3, house.spec.units, dtype=torch.bool)
+    mask_ug[1, [2, 8, 9, 15]] = True
+    active = active_rows(house.values, house.spec, mask_ug)
+    fc1, fc2 = (house.values[m.section] for m in house.spec.modules)
+    assert [rows.shape[1] for rows in active.rows.values()] == [3, 3]
+    assert torch.equal(active.rows["pool/fc1"][1], torch.stack((fc1[2], torch.zeros(20), torch.zeros(20))))
+    assert torch.equal(active.rows["pool/fc2"][1], fc2[[0, 1, 7]])
+    assert all(not rows[[0, 2]].any() for rows in active.rows.values())
+    nobody = active_rows(house.values, house.spec, mask_ug[:1])
+    assert all(rows.shape[1] == 1 and not rows.any() for rows in nobody.rows.values())
+    assert not nobody.valid_ujk.any()
+
+
+def random_start(house: House, share: float) -> ActiveRows:
+    """Users whose masks differ in size, one module of the first user empty."""
+    mask_ug = torch.rand(3, house.spec.units, generator=torch.Generator().manual_seed(1)) < share
+    mask_ug[0, : house.spec.rank] = False
+    mask_ug[1, 0] = True
+    return active_rows(house.values, house.spec, mask_ug)
+
+
+@pytest.mark.parametrize("tuned", ["nothing", "scales", "rows"])
+@pytest.mark.parametrize("row_format", [RowFormat("fp32"), RowFormat("int8"), RowFormat("ternary", 0.5)])
+def test_served_rows_are_those_that_were_kept(house: House, tuned, row_format: RowFormat) -> None:
+    active, formats = random_start(house, 0.4), {"pool": row_format}
+    tuning = Tuning(tuned, Adam(0.05, 3), 4)
+    personal = personal_values(house.task, active, tuning, house.worker, IDS)
+    sections, schema = personal_sections(active, personal), personal_schema(house.spec, tuned)
+    read = {name: section.rows_ukw for name, section in quantise(sections, formats).items()}
+    expected = personalised(house.spec, active.rows, read, tuned)
+    for u in range(len(IDS)):
+        payload = encode_personal(sections, u, schema, formats, "r1-00")
+        served = served_rows(house.values, house.spec, decode_personal(payload, schema, "r1-00"), tuned)
+        for j, m in enumerate(house.spec.modules):
+            assert served[m.section].shape[0] == 1
+            assert torch.equal(served[m.section][0], expected[m.section][u][active.valid_ujk[u, j]])
+    assert served["pool/fc1"].shape[1] > 0
+    moved = any(not torch.equal(expected[name], active.rows[name]) for name in expected)
+    assert moved == (tuned != "nothing")
+
+
+def test_served_rows_do_what_the_padded_rows_do(house: House) -> None:
+    """A module in which the user has no active unit is the base's."""
+    active = random_start(house, 0.3)
+    tuning = Tuning("rows", Adam(0.05, 3), 4)
+    sections = personal_sections(active, personal_values(house.task, active, tuning, house.worker, IDS))
+    schema, formats = personal_schema(house.spec, "rows"), {"pool": RowFormat("fp32")}
+    test = house.worker.batch(IDS, "test", None, house.task.streams)
+    model = house.task.model
+    with torch.no_grad(), model.bound({n: active.rows[n] + sections[n].rows_ukw for n in active.rows}):
+        expected_u = model.loss(test)
+    for u in range(len(IDS)):
+        kept = decode_personal(encode_personal(sections, u, schema, formats, ""), schema, "")
+        rows = served_rows(house.values, house.spec, kept, "rows")
+        with torch.no_grad(), model.bound(rows):
+            torch.testing.assert_close(model.loss(test.take(slice(u, u + 1)))[0], expected_u[u], rtol=1e-5, atol=0)
+    assert not active.valid_ujk[0, 0].any()

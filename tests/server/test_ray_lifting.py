@@ -1,0 +1,87 @@
+"""Lifting on a Ray cluster on this machine: the same bits as in process, in order, and never without end."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster as Machines
+
+import server.ray_lifting
+from federation.config import ComputeConfig
+from federation.errors import PoolError, RunError
+from federation.update import UpdateBlock
+from server.lifting import Lifter, make_lifter
+from server.ray_lifting import RayLifter
+from strategies.means import MaskedMean, Sums
+from strategies.protocol import State
+from tests.server.replies import SCHEMA, bits, config_of, honest, office, once, plan_of, served
+
+from server.round import rules_of  # isort: skip
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Machines]:
+    found = Machines(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    yield found
+    found.shutdown()
+
+
+@pytest.fixture
+def lifter(machines: Machines) -> Iterator[Lifter]:
+    made = make_lifter(ComputeConfig(ray_address=machines.address))
+    yield made
+    made.close()
+    assert not ray.is_initialized()
+
+
+@dataclass(frozen=True)
+class Odd(MaskedMean):
+    """A strategy that takes its time, or fails."""
+
+    seconds: float = 0.0
+
+    def lift(self, block: UpdateBlock, state: State) -> Sums:
+        if not self.seconds:
+            raise PoolError("not of this pool")
+        time.sleep(self.seconds)
+        return super().lift(block, state)
+
+
+def round_on(lifter: Lifter, folder: Path, strategy: Any = None) -> Any:
+    """A round with more blocks than may be under way, and the nodes in any order."""
+    rules = rules_of(config_of(), SCHEMA)
+    place = office(folder, rules=rules if strategy is None else replace(rules, strategy=strategy))
+    place.lifter = lifter
+    plan = plan_of([3] * 12)
+    return served(place.intake(plan), once(honest(plan)), random.Random(4))
+
+
+def test_a_round_has_the_bits_of_one_in_process(lifter: Lifter, tmp_path: Path) -> None:
+    there, here = round_on(lifter, tmp_path), round_on(make_lifter(ComputeConfig()), tmp_path)
+    assert bits(there) == bits(here)
+    assert replace(there, partial=None) == replace(here, partial=None)
+    assert there.admitted == 36
+
+
+def test_what_goes_wrong_is_said(lifter: Lifter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PoolError, match=r"^not of this pool$"):
+        round_on(lifter, tmp_path, Odd())
+    monkeypatch.setattr(server.ray_lifting, "PATIENCE_SECONDS", 0.05)
+    with pytest.raises(RunError, match=r"from the Ray cluster within 0\.05 s, .*GetTimeoutError.*run again"):
+        round_on(lifter, tmp_path, Odd(seconds=1.0))
+    with pytest.raises(RunError, match="this process is connected already"):
+        RayLifter("127.0.0.1:1")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere"])
+def test_where_no_cluster_is_none_is_started(address: str) -> None:
+    with pytest.raises(RunError, match=rf"HOST:PORT of a running .*Ray {ray.__version__}.*'{address}' is not"):
+        RayLifter(address)
+    assert not ray.is_initialized()
