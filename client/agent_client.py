@@ -14,13 +14,7 @@ import grpc
 from client import agent_pb2 as pb
 from client import agent_pb2_grpc
 from client.agent_calls import STATUSES
-from client.agent_messages import (
-    chunks,
-    contribution_of,
-    description_of,
-    instructions_message,
-    measures_of,
-)
+from client.agent_messages import chunks, contribution_of, description_of, instructions_message, measures_of
 from client.agent_security import (
     TOKEN_HEADER,
     TOKEN_NAME,
@@ -81,7 +75,8 @@ class AgentClient:
 
     def keep(self, payload: bytes, seconds: float) -> str:
         """Sends a pool file, and returns its version."""
-        kept: pb.Version = self._asked(self._stub.Keep, chunks(payload), seconds)
+        with self._as_node_errors():
+            kept: pb.Version = self._stub.Keep(chunks(payload), **self._call(seconds))
         return kept.version
 
     def keep_file(self, path: Path, seconds: float) -> str:
@@ -173,7 +168,7 @@ class AgentClient:
         except grpc.RpcError as error:
             raise _node_error(error, self._address) from None
         except (ConfigError, ExchangeError) as error:
-            raise error if isinstance(error, NodeError) else NodeError("failed", str(error)) from error
+            raise NodeError("failed", str(error)) from error
 
 
 def _node_error(error: Any, address: Address) -> NodeError:

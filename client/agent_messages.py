@@ -19,8 +19,8 @@ MOST_BYTES = 1 << 30
 def chunks(payload: bytes) -> Iterator[pb.Chunk]:
     """The payload, cut; an empty one is one empty chunk. Raises ExchangeError for more than `MOST_BYTES`."""
     check_size(len(payload))
-    for start in range(0, max(1, len(payload)), CHUNK_BYTES):
-        yield pb.Chunk(total_bytes=len(payload), data=payload[start : start + CHUNK_BYTES])
+    starts = range(0, max(1, len(payload)), CHUNK_BYTES)
+    return (pb.Chunk(total_bytes=len(payload), data=payload[start : start + CHUNK_BYTES]) for start in starts)
 
 
 def joined(parts: Iterable[pb.Chunk]) -> bytes:

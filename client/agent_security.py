@@ -227,6 +227,9 @@ def _unix_address(path: str) -> UnixAddress:
 
 def _pem(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        payload = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"TLS files are readable PEM files, {str(path)!r} is not: {error.strerror}") from error
+    if b"-----BEGIN " not in payload:
+        raise ConfigError(f"TLS files are in PEM format, {str(path)!r} is in another; convert it")
+    return payload

@@ -88,7 +88,8 @@ def _bind(server: Any, address: Address, credentials: Any) -> Address:
             port = add(str(address), *protected)
     except RuntimeError as error:
         raise ConfigError(
-            f"an agent listens at a free address of this machine, {address} is none ({error}); give another"
+            f"an agent listens at a free address of this machine, {address} is none, or the TLS key is not the "
+            f"certificate's ({error}); give another"
         ) from error
     if isinstance(address, TcpAddress):
         return replace(address, port=port)

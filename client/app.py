@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from federation.errors import ConfigError, ExchangeError
+from federation.errors import ExchangeError, FedquiltError
 from federation.exchange import Answer, Letter, Refusal
 from federation.records import answer_record, letter_of
 
@@ -84,8 +84,8 @@ def _in_this_process(letter: Letter, context: Context) -> Answer:
     torch.set_num_threads(1)
     try:
         node = Node(node_config(context))
-    except ConfigError as error:
-        return Refusal("failed", f"node-config: {error}")
+    except FedquiltError as error:
+        return Refusal("failed", f"this node cannot start: {error}")
     try:
         return node.answer(letter)
     finally:

@@ -29,7 +29,7 @@ class Settings(PydanticModel):
 class PopulationConfig(Settings):
     """Who the users are."""
 
-    name: str = Field("code", description="code, shakespeare, synthetic, or the name of a plugin")
+    name: str = Field("code", description="code, shakespeare, texts, synthetic, or a plugin")
     options: dict[str, Any] = Field(default_factory=dict, description="passed to the population (code: root, ...)")
 
 

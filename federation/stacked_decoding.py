@@ -57,7 +57,8 @@ def decode_all(
     read_alone = {place: alone[position] for place, position in enumerate(good) if position in alone}
     reader = _Reader(layout, [memoryview(payloads[position]) for position in good], bodies.take(good), read_alone)
     told = {name: _floats(heads[field]) for name, field in layout.metric_fields.items()}
-    return UpdateBlock(reader.sections(), _floats(heads["weight"]), told, round_index, pool_version), faults
+    block = UpdateBlock(reader.sections(), _floats(heads["weight"]), told, round_index, pool_version)
+    return block, dict(sorted(faults.items()))
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ def _body_faults(payloads: Sequence[bytes], bodies: _Bodies, layout: _Layout) ->
         for (name, spec), count_u in zip(layout.schema.sections.items(), bodies.count_us.T)
     ]
     return _first_faults(
+        (length_u < layout.head.itemsize + wire.CRC.size, "an end before the first row"),
         (bodies.padding_ur.any(1), "padding bits that are set"),
         *surplus,
         ((length_u != bodies.end_u + wire.CRC.size) & ~bodies.alone_u, "an end that is not that of the last row"),

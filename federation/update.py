@@ -80,7 +80,10 @@ class Section:
         """Padding rows become zero. Copies only where there are any."""
         if self.valid_uk.all():
             return self
-        return replace(self, rows_ukw=self.rows_ukw.masked_fill(~self.valid_uk[..., None], 0.0))
+        padding = (~self.valid_uk).flatten().nonzero().squeeze(1)
+        # By row, not by entry: half the time of `masked_fill`.
+        filled = self.rows_ukw.flatten(0, 1).index_fill(0, padding, 0.0)
+        return replace(self, rows_ukw=filled.view(self.rows_ukw.shape))
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def _pools(checkpoints: Path, config: RunConfig, rounds: set[int]) -> Iterator[P
     """The values of the checkpoints of these rounds, newest first."""
     for round_index in reversed(checkpoint.rounds(checkpoints)):
         if round_index in rounds:
-            found = checkpoint.load(checkpoint._path_of(checkpoints, round_index))
+            found = checkpoint.load(checkpoint.path_of(checkpoints, round_index))
             if found.meta.get("config") != identity(config):
                 raise RunError(
                     f"{checkpoints} and {CONFIG_NAME} beside it are of other configurations; "

@@ -75,7 +75,7 @@ def save(
     """
     if keep < MIN_KEPT:
         raise CheckpointError(f"at least {MIN_KEPT} checkpoints are kept, got keep={keep}; raise it")
-    target = _path_of(folder, round_index)
+    target = path_of(folder, round_index)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
@@ -85,7 +85,7 @@ def save(
         present = rounds(folder)
         kept = [r for r in present if r <= round_index][-keep:]
         for outdated in sorted(set(present) - set(kept)):
-            remove_folder(_path_of(folder, outdated))
+            remove_folder(path_of(folder, outdated))
     except OSError as error:
         raise CheckpointError(
             f"checkpoint {target} cannot be written ({error}); the ones before it stand: free space or mend "
@@ -111,7 +111,7 @@ def load_latest(folder: Path) -> Checkpoint:
     faults = []
     for round_index in reversed(rounds(folder)):
         try:
-            return load(_path_of(folder, round_index))
+            return load(path_of(folder, round_index))
         except CheckpointError as error:
             faults.append(str(error))
             _log.error("%s; falling back to the checkpoint before it", error)
@@ -159,7 +159,8 @@ class _Fault(Exception):
     """What is wrong with one file of a checkpoint."""
 
 
-def _path_of(folder: Path, round_index: int) -> Path:
+def path_of(folder: Path, round_index: int) -> Path:
+    """Where the checkpoint of a round is."""
     return folder / f"round-{round_index:06d}"
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from federation.exchange import (
     Contribution,
-    Description,
     Fault,
     Instructions,
     Letter,
@@ -18,6 +17,8 @@ from federation.exchange import (
 from server.nodes import Parcel
 from server.roster import in_words
 from server.session import Session
+
+_LEAST_SECONDS = 1.0
 
 _log = logging.getLogger("fedquilt")
 
@@ -70,7 +71,8 @@ class Errand:
 
     def _post(self, nodes: Collection[int], pool: bytes | None) -> None:
         letters = {node: Letter(self._kind, self._asked[node], pool) for node in sorted(nodes)}
-        tickets = self._nodes.post(letters, self._deadline - self._clock.now()) if letters else {}
+        left = max(self._deadline - self._clock.now(), _LEAST_SECONDS)
+        tickets = self._nodes.post(letters, left) if letters else {}
         self._tickets |= {node: tickets.get(node, "") for node in letters}
         self.bytes_down += len(pool or b"") * len(tickets)
 
@@ -84,14 +86,13 @@ class Errand:
 
     def _note(self, parcel: Parcel) -> None:
         self.bytes_up += parcel.size_bytes
-        match parcel.answer:
-            case Refusal():
-                _log.warning("node %d gives no answer: %s", parcel.node, in_words(parcel.answer))
-                self._roster.learn(parcel.node, parcel.answer)
-            case Description():
-                self._roster.learn(parcel.node, parcel.answer)
-            case Contribution(work=work) | Measures(work=work) if work == self._asked[parcel.node].work:
-                self._roster.learn(parcel.node, parcel.answer)
+        answer = parcel.answer
+        if isinstance(answer, Refusal):
+            _log.warning("node %d gives no answer: %s", parcel.node, in_words(answer))
+        if isinstance(answer, Contribution | Measures) and answer.work != self._asked[parcel.node].work:
+            return
+        if not isinstance(answer, str):
+            self._roster.learn(parcel.node, answer)
 
 
 def _refusal(node: int, fault: Fault, message: str) -> Parcel:

@@ -177,8 +177,7 @@ class _Total:
 
     def add(self, lifted: Lifted, merge: Callable[[Any, Any], Any]) -> None:
         self.admitted += lifted.admitted
-        self.rejected.update(["malformed update"] * len(lifted.malformed))
-        self.rejected.update(lifted.refused.values())
+        self.rejected.update([*lifted.malformed.values(), *lifted.refused.values()])
         for name, value in lifted.metric_sums.items():
             self.metric_sums[name] = self.metric_sums.get(name, 0.0) + value
         if lifted.partial is not None:

@@ -93,7 +93,7 @@ class Roster:
                 self._note(node, replace(self._known[node], users=answer.users, versions=(answer.work.version,)))
             case Refusal(fault="unknown users"):
                 self._known.pop(node, None)
-                pass
+                self._ask_at.pop(node, None)
 
     def _note(self, node: int, said: Description) -> None:
         if not all(0 <= count <= MOST_USERS for count in said.users.values()):

@@ -9,6 +9,7 @@ A document marks what is rendered, and a test holds it equal to its source:
     <!-- bench: simulations/results/pipeline.json -->     a benchmark's figures; of several, joined by +, side by side
     <!-- scale: simulations/results/million.json -->      time, memory and disk of a run
     <!-- source: tests/plugins/installed/sign_mean.py -->  a file, as a block of code
+    <!-- settings: deployment -->                        a section of `RunConfig`: its settings, defaults and meaning
     <!-- end -->
 """
 
@@ -20,11 +21,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from federation.config import RunConfig
 from simulations import tables
 from simulations.benchmarks.figures import figures
 
 HOUSE = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/results.md", "docs/speed.md")
+DOCUMENTS = ("README.md", "docs/deploy.md", "docs/results.md", "docs/speed.md")
 CLAIMS = (
     ("dsa_t2", "base"),
     ("dsa_t2", "shared"),
@@ -53,6 +55,8 @@ def rendered(text: str) -> str:
 
 def _render(match: re.Match[str]) -> str:
     kind, source = match.groups()
+    if kind == "settings":
+        return f"<!-- {kind}: {source} -->\n{_settings(source)}\n<!-- end -->"
     texts = [(HOUSE / path).read_text() for path in source.split("+")]
     if kind == "source":
         body = f"```python\n{texts[0].strip()}\n```"
@@ -116,6 +120,14 @@ def _figures(records: Sequence[Record], kind: str) -> str:
     rows = [(label, *(value for column in columns for value in column.get(label, ["—"]))) for label in columns[0]]
     head, rows = (rows[0], rows[1:]) if len(rows[0]) > 2 else (("figure", "value"), rows)
     return _markdown(head, rows)
+
+
+def _settings(section: str) -> str:
+    fields = getattr(RunConfig(), section).__class__.model_fields
+    rows = [
+        (f"`{name}`", "none" if f.default is None else f"{f.default:g}", f.description) for name, f in fields.items()
+    ]
+    return _markdown(("setting", "default", "meaning"), rows)
 
 
 def _only_variant(record: Record) -> Record:

@@ -34,6 +34,11 @@ class Tokenizer(Protocol):
         """All tokens are below it (V)."""
         ...
 
+    @property
+    def eos(self) -> int | None:
+        """The token that ends a text, if there is one."""
+        ...
+
     def encode(self, text: str) -> Tokens:
         """The tokens of a text, (L,)."""
         ...
@@ -61,6 +66,8 @@ class BytePairs:
     >>> pairs.decode(pairs.encode("range"))
     'range'
     """
+
+    eos: int | None = None
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -120,7 +127,7 @@ class PretrainedTokenizer:
     is text.
 
     Its vocabulary may lack all tokens beyond ASCII, as `BytePairs` do: such a base learnt from texts as
-    `corpus.normalise` leaves them, and reads all texts so. eos: the token that ends a text, if the base has one.
+    `corpus.normalise` leaves them, and reads all texts so.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, eos: int | None = None) -> None:
@@ -207,13 +214,12 @@ def _declared_eos(tokenizer: tokenizers.Tokenizer, folder: Path) -> int | None:
     """
     named = _settings(folder / "tokenizer_config.json").get("eos_token")
     if named is not None:
-        found: int | None = tokenizer.token_to_id(named["content"] if isinstance(named, dict) else named)
+        found: int | None = tokenizer.token_to_id(named.get("content", "") if isinstance(named, dict) else named)
         return found
     declared = _settings(folder / "config.json").get("eos_token_id")
     special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    return next(
-        (number for number in (declared if isinstance(declared, list) else [declared]) if number in special), None
-    )
+    numbers = declared if isinstance(declared, list) else [declared]
+    return next((number for number in numbers if number in special), None)
 
 
 def _settings(path: Path) -> Mapping[str, Any]:

@@ -1,11 +1,11 @@
 """A version of the pool and the gate as one file: what travels to nodes, and what a release is.
 
-safetensors, with the metadata
+safetensors, with one entry of metadata, "fedquilt": JSON with the keys
 
     format     "fedquilt pool 1"
     version    the name of these values, which is checked against them
     round      the round whose end this is
-    task       the `TaskConfig` that the values belong to, as JSON
+    task       the `TaskConfig` that the values belong to
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -23,6 +24,7 @@ from federation.state import version_of
 from federation.update import Values
 
 FORMAT = "fedquilt pool 1"
+_METADATA = "fedquilt"
 _HEADER_LENGTH = struct.Struct("<Q")
 
 
@@ -34,20 +36,21 @@ class PoolFile:
     values: Values
     task: TaskConfig
 
-    @property
+    @cached_property
     def version(self) -> str:
         """The name of these values."""
         return version_of(self.values, self.round_index)
 
     def to_bytes(self) -> bytes:
         """The file. Equal values give equal bytes."""
-        metadata = {
+        said = {
             "format": FORMAT,
             "version": self.version,
-            "round": str(self.round_index),
-            "task": self.task.model_dump_json(),
+            "round": self.round_index,
+            "task": self.task.model_dump(mode="json"),
         }
-        payload: bytes = save({name: self.values[name].contiguous() for name in sorted(self.values)}, metadata)
+        tensors = {name: self.values[name].contiguous() for name in sorted(self.values)}
+        payload: bytes = save(tensors, {_METADATA: json.dumps(said)})  # of several entries the order would be random
         return payload
 
 
@@ -56,10 +59,11 @@ def pool_file(payload: bytes) -> PoolFile:
     try:
         (length,) = _HEADER_LENGTH.unpack_from(payload)
         metadata = json.loads(payload[_HEADER_LENGTH.size : _HEADER_LENGTH.size + length])["__metadata__"]
-        if metadata["format"] != FORMAT:
-            raise PoolError(f"a pool file is of the format {FORMAT!r}, got {metadata['format']!r}; use its release")
-        found = PoolFile(int(metadata["round"]), load(payload), parse(TaskConfig, json.loads(metadata["task"])))
-        version = metadata["version"]
+        said = json.loads(metadata[_METADATA])
+        if said["format"] != FORMAT:
+            raise PoolError(f"a pool file is of the format {FORMAT!r}, got {said['format']!r}; use its release")
+        found = PoolFile(int(said["round"]), load(payload), parse(TaskConfig, said["task"]))
+        version = said["version"]
     except (struct.error, ValueError, KeyError, TypeError, ConfigError, SafetensorError) as error:
         raise PoolError(f"{len(payload)} bytes are no pool file ({error!r}); fetch it again") from error
     if found.version != version:

@@ -99,6 +99,17 @@ def test_tls_files_come_together_or_not_at_all() -> None:
         TLS.read()
 
 
+def test_tls_files_are_pem(tmp_path: Path) -> None:
+    for name in ("a.pem", "a.key"):
+        (tmp_path / name).write_bytes(b"-----BEGIN A THING-----\n" + name.encode())
+    (tmp_path / "ca.der").write_bytes(b"\x30\x82")
+    certificate, key = tmp_path / "a.pem", tmp_path / "a.key"
+    read = TlsFiles(certificate, key, certificate).read()
+    assert [payload[-5:] for payload in read] == [b"a.pem", b"a.key", b"a.pem"]
+    with pytest.raises(ConfigError, match=r"in PEM format, '.*ca.der' is in another; convert it"):
+        TlsFiles(certificate, key, tmp_path / "ca.der").read()
+
+
 def test_credentials_are_files_that_the_environment_names() -> None:
     assert Credentials.of_environment({}) == Credentials()
     tls = {"FEDQUILT_AGENT_CERT": "a.pem", "FEDQUILT_AGENT_KEY": "a.key", "FEDQUILT_AGENT_CA": "ca.pem"}

@@ -97,6 +97,16 @@ def test_payloads_beyond_grpcs_limit_of_a_message_travel_whole(client: AgentClie
     assert device.asked[0] == pool
 
 
+def test_a_pool_that_is_too_large_is_not_sent(
+    client: AgentClient, device: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.agent_messages.MOST_BYTES", 4)
+    answer = client.answer(Letter("train", ASKED, b"a pool"), SECONDS)
+    assert isinstance(answer, Refusal)
+    assert (answer.fault, answer.message[:42]) == ("failed", "a payload has at most 4 bytes, got 6; use ")
+    assert device.asked == []
+
+
 def test_a_file_is_read_by_the_agent(client: AgentClient, device: MadeUp, tmp_path: Path) -> None:
     (tmp_path / "pool").write_bytes(b"from a file")
     assert client.keep_file(tmp_path / "pool", SECONDS) == "r9-kept"
@@ -477,7 +487,7 @@ def test_a_client_without_a_token_is_told_before_it_calls(tmp_path: Path) -> Non
 def test_a_port_is_not_shared(device: MadeUp, tmp_path: Path) -> None:
     with (
         agent_at(device, tmp_path, "127.0.0.1:0") as server,
-        pytest.raises(ConfigError, match=f"a free address of this machine, {server.address} is none"),
+        pytest.raises(ConfigError, match=f"a free address of this machine, {server.address} is none, or"),
         agent_at(MadeUp(), tmp_path, str(server.address)),
     ):
         pass
@@ -526,6 +536,15 @@ def test_with_tls_each_side_shows_a_certificate(device: MadeUp, tmp_path: Path, 
         assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
         assert len(device.asked) == asked
     assert not (tmp_path / "token").exists()
+
+
+def test_a_key_belongs_to_its_certificate(device: MadeUp, tmp_path: Path, keys: list[TlsFiles]) -> None:
+    mixed = TlsFiles(keys[0].certificate, keys[1].key, keys[0].authority)
+    with (
+        pytest.raises(ConfigError, match="the TLS key is not the certificate's"),
+        agent_at(device, tmp_path, "127.0.0.1:0", mixed),
+    ):
+        pass
 
 
 def test_a_client_imports_nothing_heavy() -> None:

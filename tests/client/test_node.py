@@ -433,11 +433,25 @@ def test_a_release_is_served_until_another_is_named_whatever_else_comes(tmp_path
         assert node.release == second_kept
 
 
-def test_describing_needs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_users_values_refer_to_is_kept(tmp_path: Path) -> None:
     config = config_of()
+    first = pool_of(config, 0)
+    with opened(config, tmp_path, first) as node:
+        node.pin([first.version])
+    with opened(config, tmp_path, *(pool_of(config, r) for r in range(1, 5))) as node:
+        assert node.pool(first.version).version == first.version
+        assert pool_of(config, 1).version not in node.describe().versions
+
+
+def test_no_model_is_loaded_before_there_is_work_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, pool = config_of(), pool_of(config_of())
     with opened(config, tmp_path) as node:
         monkeypatch.setattr(type(node.population), "base_model", None)
         assert isinstance(node.answer(Letter("describe")), Description)
+        assert isinstance(node.answer(Letter("release", ask(pool, []), pool.to_bytes())), Description)
+        lacking = node.answer(Letter("train", ask(replace(pool, round_index=7), [0])))
+        assert isinstance(lacking, Refusal)
+        assert lacking.fault == "lacks version"
 
 
 @pytest.mark.parametrize("kind", ["train", "evaluate", "release"])

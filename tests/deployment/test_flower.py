@@ -6,10 +6,8 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from client.agent_client import AgentClient
 from client.agent_security import SOCKET_NAME
 from federation import keys
 from server.admission import Desk  # noqa: F401

@@ -11,6 +11,7 @@ from federation.data.corpus import (
     Document,
     TextCorpus,
     UserText,
+    in_parts,
     load_corpus,
     normalise,
     save_corpus,
@@ -47,6 +48,20 @@ def test_thinned_text_is_short_and_made_of_the_texts_lines_in_order(length, bloc
     assert numbers[0] == 0
     if blocks > 1:
         assert numbers[-1] > 0.8 * length - BLOCK_CHARS
+
+
+@pytest.mark.parametrize(
+    ("documents", "expected"),
+    [
+        ([], ("", "", "")),
+        (["a" * 70 + "b" * 15 + "c" * 15], ("a" * 70, "b" * 15, "c" * 15)),
+        (["aa", "aa", "aa", "bc"], ("aa\n\naa\n\na", "a\n", "\nbc")),
+        (["c", "b", "a", "a", "a"], ("a\n\na\n\na", "b", "c")),
+        ([*"ccbbaaaaaaaaaa"], ("\n\n".join("a" * 10), "b\n\nb", "c\n\nc")),
+    ],
+)
+def test_parts_are_documents_of_their_own_or_stretches_of_the_text(documents, expected):
+    assert in_parts(documents) == expected
 
 
 def test_a_corpus_read_is_the_corpus_written(tmp_path):

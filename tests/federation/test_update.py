@@ -117,6 +117,11 @@ DAMAGES = {
     "id far above": Damage(lambda b, u: use(b, u, "gate", [2**31 - 1]), "'gate': a row id outside 0..0"),
     "id twice": Damage(lambda b, u: use(b, u, "pool/a", [2, 5, 2]), "'pool/a': a row id sent twice"),
     "too many rows": Damage(lambda b, u: use(b, u, "pool/a", [0, 1, 2, 3]), "'pool/a': more than 3 rows"),
+    "absurd norm": Damage(lambda b, u: put(b, u, "gate", 501.0), "'gate': a norm above 1000 times the largest"),
+    "absurd norm of two": Damage(
+        lambda b, u: put(put(b, u, "pool/a", 1e3), u, "pool/b", -1.2e3), "'pool': a norm above"
+    ),
+    "absurd and beyond float32": Damage(lambda b, u: put(b, u, "pool/a", 3e38), "'pool': a norm above 1000 times"),
     "NaN": Damage(lambda b, u: put(b, u, "pool/b", NAN), "'pool/b': a number that is not finite"),
     "inf": Damage(lambda b, u: put(b, u, "gate", INF), "'gate': a number that is not finite"),
     "-inf": Damage(lambda b, u: put(b, u, "pool/a", -INF), "'pool/a': a number that is not finite"),
@@ -140,6 +145,15 @@ def test_a_bad_user_is_refused_and_the_others_come_through_bit_for_bit(damage: D
     assert_equal(admitted, admit(block.take(others), SCHEMA, LIMITS)[0])
 
 
+def norm(block: UpdateBlock, u: int, prefix: str) -> float:
+    """A user's norm over the sections of a prefix, without padding, in plain Python."""
+    total = 0.0
+    for name, section in block.sections.items():
+        if name.split("/")[0] == prefix:
+            total += sum(v * v for v in section.rows_ukw[u][section.valid_uk[u]].flatten().tolist())
+    return math.sqrt(total)
+
+
 def acceptable(block: UpdateBlock, u: int) -> bool:
     """The rules, for one user, in plain Python."""
     for name, spec in SCHEMA.sections.items():
@@ -150,6 +164,8 @@ def acceptable(block: UpdateBlock, u: int) -> bool:
             return False
         if not all(math.isfinite(value) for k in sent for value in section.rows_ukw[u, k].tolist()):
             return False
+    if any(norm(block, u, prefix) > 1000 * bound for prefix, bound in LIMITS.max_norm.items()):
+        return False
     weight = float(block.weight_u[u])
     return math.isfinite(weight) and weight >= 0 and all(math.isfinite(float(m[u])) for m in block.metrics.values())
 
@@ -246,15 +262,6 @@ def test_a_block_of_the_wrong_form_is_refused_whole(
 # -------------------------------------------------------------------------------- limits
 
 
-def norm(block: UpdateBlock, u: int, prefix: str) -> float:
-    """A user's norm over the sections of a prefix, without padding, in plain Python."""
-    total = 0.0
-    for name, section in block.sections.items():
-        if name.split("/")[0] == prefix:
-            total += sum(v * v for v in section.rows_ukw[u][section.valid_uk[u]].flatten().tolist())
-    return math.sqrt(total)
-
-
 def test_the_sections_of_a_prefix_are_clipped_together() -> None:
     block = block_of(30)
     limits = Limits({"pool": 2.0}, max_weight=10.0)
@@ -286,9 +293,63 @@ def test_a_huge_update_counts_as_its_direction_at_the_bound() -> None:
     block = use(block_of(), 1, "pool/a", [0, 1])
     rows = block.sections["pool/a"].rows_ukw.clone()
     rows[1] = largest
-    admitted, rejections = admit(with_section(block, "pool/a", rows_ukw=rows), SCHEMA, Limits({"pool": 3.0}))
+    admitted, rejections = admit(
+        with_section(block, "pool/a", rows_ukw=rows), SCHEMA, Limits({"pool": 3.0}, absurd=INF)
+    )
     assert not rejections.reasons
     assert norm(admitted, 1, "pool") == pytest.approx(3.0, rel=1e-6)
+
+
+def test_a_norm_at_the_absurd_bound_is_clipped_and_the_next_one_refused() -> None:
+    limits = Limits({"gate": 0.25}, absurd=8.0)
+    above = np.nextafter(np.float32(2.0), np.float32(3.0)).item()
+    admitted, rejections = admit(put(put(block_of(), 1, "gate", 2.0), 3, "gate", above), SCHEMA, limits)
+    assert list(rejections.reasons) == [1, 3]  # the other numbers of the row are ones
+
+
+def test_without_a_largest_norm_none_is_absurd() -> None:
+    _, rejections = admit(put(block_of(), 1, "gate", 1e30), SCHEMA, Limits({"pool": 1.5}))
+    assert not rejections.reasons
+
+
+def test_reasons_hold_nothing_of_the_user() -> None:
+    """Whatever the numbers are, users with the same fault are given the same words."""
+    for first, second in ((1e4, -3e38), (NAN, INF)):
+        one, other = (admit(put(block_of(), 1, "pool/a", value), SCHEMA, LIMITS)[1] for value in (first, second))
+        assert one.reasons == other.reasons != {}
+
+
+def spread(block: UpdateBlock) -> UpdateBlock:
+    """The same updates with three padding slots before each slot."""
+
+    def sparse(tensor: Tensor, filling: float) -> Tensor:
+        wide = torch.full((tensor.shape[0], 4 * tensor.shape[1], *tensor.shape[2:]), filling).to(tensor.dtype)
+        wide[:, 3::4] = tensor
+        return wide
+
+    sections = {
+        name: Section(sparse(s.ids_uk, -7), sparse(s.valid_uk, False), sparse(s.rows_ukw, NAN))
+        for name, s in block.sections.items()
+    }
+    return replace(block, sections=sections)
+
+
+def test_padding_does_not_change_a_bit_of_a_norm() -> None:
+    """Each user's own norm, added row by row, is made the absurd bound: one bit more and the user were refused."""
+    block = block_of(40, seed=2)
+    for u in range(40):
+        alone = block.take(slice(u, u + 1))  # type: ignore[arg-type]
+        total = 0.0
+        for name in ("pool/a", "pool/b"):
+            section = alone.sections[name]
+            for row_norm in torch.linalg.vector_norm(section.rows_ukw[section.valid_uk], dim=1).tolist():
+                total += row_norm**2
+        limits = Limits({"pool": math.sqrt(total) / 2}, absurd=2.0)
+        for same in (alone, spread(alone)):
+            assert not admit(same, SCHEMA, limits)[1].reasons
+        if total:
+            below = Limits({"pool": math.nextafter(math.sqrt(total) / 2, 0.0)}, absurd=2.0)
+            assert admit(spread(alone), SCHEMA, below)[1].reasons
 
 
 def test_weights_are_capped_and_never_raised() -> None:

@@ -187,7 +187,7 @@ def spoiled(user: int) -> bytes:
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
-@pytest.mark.parametrize(("bad", "reason"), [(b"no", "malformed update"), (spoiled(4), "the weight must be")])
+@pytest.mark.parametrize(("bad", "reason"), [(b"no", "a payload of less than"), (spoiled(4), "the weight must be")])
 def test_one_bad_user_leaves_its_neighbours_in(tmp_path: Path, position: int, bad: bytes, reason: str) -> None:
     place, payloads = office(tmp_path), payloads_of(PLAN.seats[2])
     payloads[position] = bad

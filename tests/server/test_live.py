@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from federation.cohorts import draw_cohort
 from federation.errors import RunError
-from federation.exchange import Answer, Letter, Refusal, Work
+from federation.exchange import Answer, Contribution, Letter, Refusal, Work
 from federation.streams import Streams
 from server.checkpoint import load_latest, rounds
 from server.live import RoundLine
@@ -112,6 +113,15 @@ def test_nodes_are_told_what_they_need(tmp_path: Path) -> None:
     assert all(wish.split == "train" for wish in wishes)
 
 
+def test_a_checkpoint_holds_the_ledger_of_its_round(tmp_path: Path) -> None:
+    ended = run(fake_nodes(), tmp_path, live_config("federation.cohort=1000"))
+    meta = load_latest(tmp_path / "checkpoints").meta
+    assert meta["version"] == ended.version
+    ledger = meta["desk"]["ledger"]
+    assert (ledger["work"]["round_index"], ledger["work"]["federation"]) == (5, meta["federation"])
+    assert set(ledger["digests"]) == {"31", "12", "23"}
+
+
 def test_the_durable_round_is_that_of_the_oldest_checkpoint(tmp_path: Path) -> None:
     nodes = fake_nodes()
     run(nodes, tmp_path, live_config())
@@ -188,6 +198,17 @@ def test_users_that_a_node_gains_are_drawn_in_the_next_round(tmp_path: Path) -> 
 
     run(nodes, tmp_path, config, on_round=gains)
     assert [line["users"] for line in history(tmp_path)] == [20, 20, 21, 22, 23]
+
+
+def test_an_answer_to_other_work_tells_nothing_of_a_node(tmp_path: Path) -> None:
+    def stale(letter: Letter, answer: Answer) -> Answer:
+        if in_round(letter) != 2 or not isinstance(answer, Contribution):
+            return answer
+        return replace(answer, work=replace(answer.work, round_index=1), users={"train": 1000})
+
+    nodes, config = fake_nodes(), live_config("deployment.quorum=0.1")
+    nodes.nodes[23].changed = stale
+    assert_same(run(nodes, tmp_path, config), plain(config, missing_in(23, 2)))
 
 
 def test_a_node_that_lost_users_describes_itself_again(tmp_path: Path) -> None:

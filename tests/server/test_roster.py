@@ -135,6 +135,7 @@ def test_unknown_users_make_a_node_unknown_until_it_describes_itself_again() -> 
     assert list(roster.present()) == [4]
     assert roster.gather()
     assert nodes.asked_of("describe") == {4: 1, 5: 2}
+    assert nodes.time.now == 1.0  # asked at once, and not when a silent node would be
 
 
 def test_a_log_line_holds_nothing_that_an_answer_carries() -> None:

@@ -48,6 +48,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["plugins"], "List strategies"),
         (["check-strategy"], "against the laws"),
         (["bench"], "Measure speed"),
+        (["agent"], "Serve this device"),
+        (["ask", "generate"], "as it is written"),
+        (["release"], "promote it"),
+        (["releases"], "List the releases"),
+        (["promote"], "Make a release current"),
+        (["rollback"], "what was before"),
+        (["keys"], "node keys for a trial"),
         (["bench", "throughput"], "Users trained per second"),
     ],
 )

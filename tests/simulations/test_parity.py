@@ -55,7 +55,7 @@ def parity_config(*overrides: str) -> RunConfig:
         f"population.options={{{options}}}",
         "federation={rounds=3, shards=1, cohort=15}",
         "codec.rows=int8",
-        "limits={pool_norm=0.05, gate_norm=0.005}",
+        "limits={pool_norm=0.05, gate_norm=0.0005}",
         f"deployment={{nodes={NODES}, quorum=1.0}}",
         "personal={steps=2, gain_examples=4, examples=4}",
         *overrides,
