@@ -44,7 +44,17 @@ class Instructions(_message.Message):
     positions: _containers.RepeatedScalarFieldContainer[int]
     durable_round: int
     task: str
-    def __init__(self, federation: _Optional[str] = ..., round_index: _Optional[int] = ..., attempt: _Optional[int] = ..., version: _Optional[str] = ..., split: _Optional[str] = ..., positions: _Optional[_Iterable[int]] = ..., durable_round: _Optional[int] = ..., task: _Optional[str] = ...) -> None: ...
+    def __init__(
+        self,
+        federation: _Optional[str] = ...,
+        round_index: _Optional[int] = ...,
+        attempt: _Optional[int] = ...,
+        version: _Optional[str] = ...,
+        split: _Optional[str] = ...,
+        positions: _Optional[_Iterable[int]] = ...,
+        durable_round: _Optional[int] = ...,
+        task: _Optional[str] = ...,
+    ) -> None: ...
 
 class Work(_message.Message):
     __slots__ = ("federation", "round_index", "attempt", "version")
@@ -56,7 +66,13 @@ class Work(_message.Message):
     round_index: int
     attempt: int
     version: str
-    def __init__(self, federation: _Optional[str] = ..., round_index: _Optional[int] = ..., attempt: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    def __init__(
+        self,
+        federation: _Optional[str] = ...,
+        round_index: _Optional[int] = ...,
+        attempt: _Optional[int] = ...,
+        version: _Optional[str] = ...,
+    ) -> None: ...
 
 class ContributionPart(_message.Message):
     __slots__ = ("head", "chunk")
@@ -64,7 +80,9 @@ class ContributionPart(_message.Message):
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     head: ContributionHead
     chunk: Chunk
-    def __init__(self, head: _Optional[_Union[ContributionHead, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
+    def __init__(
+        self, head: _Optional[_Union[ContributionHead, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...
+    ) -> None: ...
 
 class ContributionHead(_message.Message):
     __slots__ = ("work", "users")
@@ -75,11 +93,14 @@ class ContributionHead(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+
     WORK_FIELD_NUMBER: _ClassVar[int]
     USERS_FIELD_NUMBER: _ClassVar[int]
     work: Work
     users: _containers.ScalarMap[str, int]
-    def __init__(self, work: _Optional[_Union[Work, _Mapping]] = ..., users: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    def __init__(
+        self, work: _Optional[_Union[Work, _Mapping]] = ..., users: _Optional[_Mapping[str, int]] = ...
+    ) -> None: ...
 
 class Measures(_message.Message):
     __slots__ = ("work", "users", "measured", "sums")
@@ -90,6 +111,7 @@ class Measures(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+
     class SumsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +119,7 @@ class Measures(_message.Message):
         key: str
         value: float
         def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+
     WORK_FIELD_NUMBER: _ClassVar[int]
     USERS_FIELD_NUMBER: _ClassVar[int]
     MEASURED_FIELD_NUMBER: _ClassVar[int]
@@ -105,7 +128,13 @@ class Measures(_message.Message):
     users: _containers.ScalarMap[str, int]
     measured: int
     sums: _containers.ScalarMap[str, float]
-    def __init__(self, work: _Optional[_Union[Work, _Mapping]] = ..., users: _Optional[_Mapping[str, int]] = ..., measured: _Optional[int] = ..., sums: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    def __init__(
+        self,
+        work: _Optional[_Union[Work, _Mapping]] = ...,
+        users: _Optional[_Mapping[str, int]] = ...,
+        measured: _Optional[int] = ...,
+        sums: _Optional[_Mapping[str, float]] = ...,
+    ) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
@@ -120,6 +149,7 @@ class Description(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+
     USERS_FIELD_NUMBER: _ClassVar[int]
     ORDER_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
@@ -130,7 +160,14 @@ class Description(_message.Message):
     versions: _containers.RepeatedScalarFieldContainer[str]
     release: str
     software: str
-    def __init__(self, users: _Optional[_Mapping[str, int]] = ..., order: _Optional[int] = ..., versions: _Optional[_Iterable[str]] = ..., release: _Optional[str] = ..., software: _Optional[str] = ...) -> None: ...
+    def __init__(
+        self,
+        users: _Optional[_Mapping[str, int]] = ...,
+        order: _Optional[int] = ...,
+        versions: _Optional[_Iterable[str]] = ...,
+        release: _Optional[str] = ...,
+        software: _Optional[str] = ...,
+    ) -> None: ...
 
 class User(_message.Message):
     __slots__ = ("user",)
@@ -150,7 +187,14 @@ class Personalised(_message.Message):
     personal_bytes: int
     loss_before: float
     loss_after: float
-    def __init__(self, version: _Optional[str] = ..., steps: _Optional[int] = ..., personal_bytes: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ...) -> None: ...
+    def __init__(
+        self,
+        version: _Optional[str] = ...,
+        steps: _Optional[int] = ...,
+        personal_bytes: _Optional[int] = ...,
+        loss_before: _Optional[float] = ...,
+        loss_after: _Optional[float] = ...,
+    ) -> None: ...
 
 class Prompt(_message.Message):
     __slots__ = ("user", "text", "max_tokens", "temperature", "seed")
@@ -164,7 +208,14 @@ class Prompt(_message.Message):
     max_tokens: int
     temperature: float
     seed: int
-    def __init__(self, user: _Optional[str] = ..., text: _Optional[str] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+    def __init__(
+        self,
+        user: _Optional[str] = ...,
+        text: _Optional[str] = ...,
+        max_tokens: _Optional[int] = ...,
+        temperature: _Optional[float] = ...,
+        seed: _Optional[int] = ...,
+    ) -> None: ...
 
 class Text(_message.Message):
     __slots__ = ("text",)
@@ -188,7 +239,12 @@ class Scored(_message.Message):
     tokens: int
     nats_per_token: float
     bits_per_char: float
-    def __init__(self, tokens: _Optional[int] = ..., nats_per_token: _Optional[float] = ..., bits_per_char: _Optional[float] = ...) -> None: ...
+    def __init__(
+        self,
+        tokens: _Optional[int] = ...,
+        nats_per_token: _Optional[float] = ...,
+        bits_per_char: _Optional[float] = ...,
+    ) -> None: ...
 
 class Forgotten(_message.Message):
     __slots__ = ("had_values", "federations", "cannot_undo")
@@ -198,7 +254,12 @@ class Forgotten(_message.Message):
     had_values: bool
     federations: int
     cannot_undo: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, had_values: _Optional[bool] = ..., federations: _Optional[int] = ..., cannot_undo: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(
+        self,
+        had_values: _Optional[bool] = ...,
+        federations: _Optional[int] = ...,
+        cannot_undo: _Optional[_Iterable[str]] = ...,
+    ) -> None: ...
 
 class RebaseRequest(_message.Message):
     __slots__ = ("version", "user", "margin")
@@ -208,7 +269,9 @@ class RebaseRequest(_message.Message):
     version: str
     user: str
     margin: float
-    def __init__(self, version: _Optional[str] = ..., user: _Optional[str] = ..., margin: _Optional[float] = ...) -> None: ...
+    def __init__(
+        self, version: _Optional[str] = ..., user: _Optional[str] = ..., margin: _Optional[float] = ...
+    ) -> None: ...
 
 class Rebased(_message.Message):
     __slots__ = ("moved", "stayed")
@@ -231,6 +294,7 @@ class ServingStatus(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+
     USERS_FIELD_NUMBER: _ClassVar[int]
     PERSONALISED_FIELD_NUMBER: _ClassVar[int]
     FORGOTTEN_FIELD_NUMBER: _ClassVar[int]
@@ -243,4 +307,12 @@ class ServingStatus(_message.Message):
     release: str
     versions: _containers.RepeatedScalarFieldContainer[str]
     disk_bytes: int
-    def __init__(self, users: _Optional[_Mapping[str, int]] = ..., personalised: _Optional[int] = ..., forgotten: _Optional[int] = ..., release: _Optional[str] = ..., versions: _Optional[_Iterable[str]] = ..., disk_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(
+        self,
+        users: _Optional[_Mapping[str, int]] = ...,
+        personalised: _Optional[int] = ...,
+        forgotten: _Optional[int] = ...,
+        release: _Optional[str] = ...,
+        versions: _Optional[_Iterable[str]] = ...,
+        disk_bytes: _Optional[int] = ...,
+    ) -> None: ...

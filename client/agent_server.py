@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import stat
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -60,8 +59,6 @@ class AgentServer:
         self._service.close()
         self._server.stop(GRACE_SECONDS).wait()
         self._threads.shutdown()
-        if isinstance(self.address, UnixAddress):
-            self.address.path.unlink(missing_ok=True)
 
 
 def work_alone() -> None:
@@ -80,7 +77,7 @@ def _server_credentials(tls: TlsFiles | None) -> Any:
 def _bind(server: Any, address: Address, credentials: Any) -> Address:
     """Where the server listens then."""
     if isinstance(address, UnixAddress):
-        _clear_stale(address.path)
+        _check_unused(address.path)
     try:
         protected = (credentials,) if credentials else ()
         add = server.add_secure_port if credentials else server.add_insecure_port
@@ -97,19 +94,20 @@ def _bind(server: Any, address: Address, credentials: Any) -> Address:
     return address
 
 
-def _clear_stale(path: Path) -> None:
-    """Removes the socket of an agent that was killed."""
+def _check_unused(path: Path) -> None:
+    """gRPC replaces any socket that is there: that of an agent that was killed, and that of one which lives."""
     try:
         is_socket = stat.S_ISSOCK(path.lstat().st_mode)
     except FileNotFoundError:
         return
     if not is_socket:
         raise ConfigError(f"an agent listens at a socket of its own, {path} is a file or a folder; give another path")
-    with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
+    with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(_PROBE_SECONDS)
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
-            path.unlink()
             return
+        except OSError:  # someone is there, who is too busy, or is not for us
+            pass
     raise ConfigError(f"an agent listens where nobody else does, someone has {path}; stop it, or give another path")

@@ -57,7 +57,7 @@ class Turns:
 
     def _queue(self) -> object:
         with self._changed:
-            if len(self._line) > self._waiting + 1:
+            if len(self._line) > self._waiting:
                 raise NodeError(
                     "busy",
                     f"a node does one piece of work at a time and lets {self._waiting} wait, all places are taken; "

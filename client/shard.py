@@ -1,15 +1,12 @@
 """One shard of a user store: an LMDB environment whose file may be damaged, or replaced by another process.
 
-A shard's folder is made beside its place and renamed, so a folder that is there has held a whole shard: a file in it
-that is missing, empty or short is damage, never a beginning. Opening a shard checks all of it, its pages
-(`client/pages.py`) and the crc of every record: about 1 us per user, once in a process.
+Opening a shard checks all of it, its pages (`client/environment.py`) and the crc of every record: about 1 us per user,
+once in a process.
 """
 
 from __future__ import annotations
 
-import os
 import struct
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,18 +18,17 @@ from zlib import crc32
 import lmdb
 import numpy as np
 
-from client.pages import PageFault, check_pages, checked_metas
+from client.environment import DAMAGE, DATA_NAME, data_file, make_environment, needed_bytes, open_environment
 from client.state import Histories, RecordFault, RecordLayout, user_keys
 from federation.errors import DamagedShardError, StoreError
 from federation.files import sync
 from federation.streams import UserIds
 
 NO_ROUND = -1
-DATA_NAME = "data.mdb"
-_RECORDS, _ROUNDS = b"records", b"rounds"
+_ROUNDS = b"rounds"
 _ASIDE = ".damaged-"
 _BATCH_USERS = 1 << 14
-_DAMAGE = (PageFault, RecordFault, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.NotFoundError)
+_DAMAGE = (RecordFault, *DAMAGE)
 
 
 @dataclass(frozen=True)
@@ -179,43 +175,20 @@ class Shard:
         if self._opened is not None:
             environment, records, file = self._opened
             found = self._data.stat() if self._data.exists() else None
-            if found and (found.st_dev, found.st_ino) == file and found.st_size >= _needed_bytes(environment):
+            if found and (found.st_dev, found.st_ino) == file and found.st_size >= needed_bytes(environment):
                 return environment, records
             self.close()
         if not self.exists:
-            self._make()
+            make_environment(self._folder, self._map_bytes, lambda handle: handle.put(_ROUNDS, Rounds().packed()))
         self._opened = environment, records, _ = self._open()
         return environment, records
 
-    def _make(self) -> None:
-        self._folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".partial-{self._folder.name}-", dir=self._folder.parent) as partial:
-            whole = Path(partial) / self._folder.name
-            with lmdb.open(str(whole), map_size=self._map_bytes, max_dbs=1) as environment:
-                environment.open_db(_RECORDS)
-                with environment.begin(write=True) as handle:
-                    handle.put(_ROUNDS, Rounds().packed())
-            sync(whole)  # LMDB flushes its files, not the folder that names them
-            try:
-                whole.rename(self._folder)
-            except OSError:
-                if not self.exists:  # it was not another process that was faster
-                    raise
-        sync(self._folder.parent)
-
     def _open(self) -> tuple[Any, Any, tuple[int, int]]:
         """The environment, its records, and which file they are in."""
-        if not self._data.exists():
-            raise PageFault(f"in a whole shard there is a {DATA_NAME}")
-        found = self._data.stat()  # before it is opened: should another take its place meanwhile, `_current` sees it
-        checked_metas(self._data)
-        environment = lmdb.open(str(self._folder), map_size=self._map_bytes, max_dbs=1, readahead=False)
+        # Looked at before it is opened: should another file take its place meanwhile, `_current` sees it.
+        found = data_file(self._folder).stat()
+        environment, records = open_environment(self._folder, self._map_bytes)
         try:
-            environment.reader_check()  # a killed reader's slot would keep old pages from being used again
-            with environment.begin(write=True):  # which keeps other writers out
-                _restore_length(environment, self._data)
-                check_pages(self._data)
-            records = environment.open_db(_RECORDS, create=False)
             with environment.begin() as handle:
                 for _ in Transaction(handle, records, self._layout, self.place).batches():
                     pass
@@ -223,17 +196,3 @@ class Shard:
             environment.close()
             raise
         return environment, records, (found.st_dev, found.st_ino)
-
-
-def _needed_bytes(environment: Any) -> int:
-    return int((environment.info()["last_pgno"] + 1) * environment.stat()["psize"])
-
-
-def _restore_length(environment: Any, data: Path) -> None:
-    """Give a data file that is too short its full length, so that reading it cannot end in SIGBUS.
-
-    LMDB leaves out unused pages at the end of a file now and then, so a short file need not be damaged. If it is, the
-    pages that it lost now read as zeros, which are no pages.
-    """
-    if data.stat().st_size < _needed_bytes(environment):
-        os.truncate(data, _needed_bytes(environment))

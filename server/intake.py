@@ -72,17 +72,16 @@ class Intake:
 
     def take(self, parcel: Parcel) -> None:
         """A parcel that has come. One with a Refusal is for `skip`."""
-        seat = self._open.get(parcel.node)
-        verdict = self._desk.judge(parcel, seat)
+        verdict = self._desk.judge(parcel, self._open.get(parcel.node))
         if isinstance(verdict, Admitted):
             del self._open[parcel.node]
             self._admitted[parcel.node] = verdict
             self._settle()
-        elif seat is not None:
+        else:
             self.skip(parcel.node, verdict)
 
     def skip(self, node: int, reason: str) -> None:
-        """A node without an answer, or with one that is refused: its users are left out, and counted."""
+        """A node without an answer, or with one that is refused: its users are left out and counted, once."""
         if (seat := self._open.pop(node, None)) is not None:
             self._total.rejected[reason] += len(seat.positions)
             self._settle()

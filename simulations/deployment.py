@@ -143,6 +143,10 @@ class Deployment:
         """What the ServerApp of a run has said."""
         return self._cli("log", run_id, "--show", "trial")
 
+    def said(self, name: str) -> str:
+        """What a process has written to its log since it was first started."""
+        return self.processes[name].log.read_text()
+
     def flwr(self, *arguments: str) -> dict[str, Any]:
         """A `flwr` command's answer."""
         where = [] if arguments[0] == "run" else ["trial"]
@@ -178,7 +182,7 @@ class Deployment:
     def _until_accepting(self, name: str, port: int) -> None:
         def accepting() -> bool:
             if not self.processes[name].alive:
-                raise RunError(f"{name} ended at once; its log:\n{self.processes[name].log.read_text()}")
+                raise RunError(f"{name} ended at once; its log:\n{self.said(name)}")
             with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
                 return True
             return False

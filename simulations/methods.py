@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from client.personal import Tuned
 from client.task import row_format
 from federation.config import RunConfig
 from federation.errors import ConfigError
@@ -13,7 +14,6 @@ from federation.plugins import suggest
 
 Source = Literal["base", "fresh", "pool", "shared", "random_pool"]
 MaskRule = Literal["none", "all", "gate", "saliency", "random", "other"]
-Tuned = Literal["nothing", "scales", "rows"]
 
 FP16 = RowFormat("fp16")
 

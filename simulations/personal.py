@@ -15,16 +15,13 @@ from federation.config import RunConfig, parse
 from federation.data.population import Population
 from federation.errors import PopulationError, RunError
 from federation.pool.model import PooledModel
-from federation.update import Values
-from server.checkpoint import checksum
 from server.round import from_checkpoint
+from simulations.candidates import recorded_checkpoint
 from simulations.compute.worker import Worker
-from simulations.federate import last_checkpoint
 from simulations.methods import known_methods
 from simulations.record import read_record
 from simulations.runs import MAIN
 from simulations.serve import Plan, Trained, payload, propose_masks, start_of, tune
-from simulations.setup import Setup
 
 METHOD = "dsa_t2"
 
@@ -49,7 +46,7 @@ def personal_rows(run: Path, user_id: int) -> tuple[PooledModel, dict[str, Tenso
     worker = Worker(config)
     _check_population(worker.population, record, user_id)
     setup = worker.setup(config)
-    trained = Trained(config, {MAIN: _pool(setup, run, record)}, {})
+    trained = Trained(config, {MAIN: from_checkpoint(recorded_checkpoint(run, record), setup.rules).values}, {})
     plan = Plan(known_methods(config)[METHOD], chosen["learning_rate"], chosen["steps"])
     return setup.model, _tuned(worker, trained, plan, user_id)
 
@@ -74,13 +71,3 @@ def _check_population(population: Population, record: Mapping[str, Any], user_id
     if not any(user_id in users for users in splits.values()):
         has = ", ".join(f"{split} {users[0]}..{users[-1]}" for split, users in splits.items() if len(users))
         raise PopulationError(f"a user must be one of {population.name!r} ({has}), got {user_id}; give another --user")
-
-
-def _pool(setup: Setup, run: Path, record: Mapping[str, Any]) -> Values:
-    found = last_checkpoint(run / MAIN)
-    if checksum(found) != record["checksum"]:
-        raise RunError(
-            f"a record and its pool belong together, the newest usable checkpoint in {str(run / MAIN)!r} "
-            f"(round {found.round_index}) is another one; finish the run with `fedquilt simulate --resume`"
-        )
-    return from_checkpoint(found, setup.rules).values

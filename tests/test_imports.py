@@ -22,19 +22,22 @@ MAY_IMPORT = {
     "simulations": {"federation", "strategies", "client", "server"},
 }
 ONLY_IN = {
-    "ray": {"simulations/compute/cluster.py", "simulations/compute/ray_workers.py"},
+    "ray": {"server/ray_lifting.py", "simulations/compute/cluster.py", "simulations/compute/ray_workers.py"},
     "flwr": {
         "client/app.py",
         "server/app.py",
         "server/flower.py",
+        "server/grid.py",
         "federation/records.py",
+        "simulations/benchmarks/empty_app/empty_client.py",
+        "simulations/benchmarks/empty_app/empty_server.py",
         "simulations/benchmarks/peers/flower.py",
         "simulations/benchmarks/aggregation.py",
     },
     "pfl": {"simulations/benchmarks/peers/pfl.py"},
-    "grpc": {"client/agent.py"},
+    "grpc": {f"client/agent_{name}.py" for name in ("calls", "client", "pb2_grpc", "server")},
 }
-NOT_ON_A_DEVICE = ("ray", "plotly", "tensorboard", "typer", "rich")
+NOT_ON_A_DEVICE = ("ray", "plotly", "tensorboard")
 
 
 def files_of(package: str) -> list[Path]:
@@ -115,6 +118,20 @@ print(json.dumps(sorted({{name.split(".")[0] for name in sys.modules}})))
     loaded = set(json.loads(done.stdout))
     assert {"client", "federation", "torch"} <= loaded
     assert not loaded & {*NOT_ON_A_DEVICE, "strategies", "server", "simulations"}
+
+
+def test_what_passes_messages_to_an_agent_starts_without_torch() -> None:
+    """Flower starts a process for every message: torch and the model would take most of a round."""
+    code = """
+import json, sys
+import client.app, client.agent_client
+print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
+"""
+    done = python(code, HOUSE)
+    assert done.returncode == 0, done.stderr
+    loaded = set(json.loads(done.stdout))
+    assert {"client", "federation", "flwr", "grpc"} <= loaded
+    assert not loaded & {"torch", "transformers", "lmdb", "pydantic_settings"}
 
 
 # -------------------------------------------------------------------------------- whose packages

@@ -24,6 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from client import agent_pb2 as pb
 from client import agent_pb2_grpc
 from client.agent_client import AgentClient
+from client.agent_messages import instructions_message
 from client.agent_security import Credentials, TlsFiles, UnixAddress
 from client.agent_server import SERVICE_NAME, AgentServer
 from client.serving import Forgotten, Personalised, Rebased, Scored, ServingStatus
@@ -206,6 +207,30 @@ def test_who_left_the_line_is_never_worked_for(client: AgentClient, device: Made
     first.result(SECONDS)
     client.describe(SECONDS)
     assert device.asked == [Letter("train", ASKED), Letter("describe")]
+
+
+def test_who_hangs_up_gives_up_its_place(device: MadeUp, tmp_path: Path) -> None:
+    device.going_on.clear()
+    with (
+        agent_at(device, tmp_path, waiting=1) as server,
+        AgentClient(str(server.address), Credentials()) as client,
+        stub_at(server) as stub,
+    ):
+
+        def fault() -> str:
+            answer = client.answer(Letter("train", ASKED), 0.2)
+            assert isinstance(answer, Refusal)
+            return answer.fault
+
+        first = asked_aside(lambda: client.answer(Letter("train", ASKED), SECONDS))
+        assert device.working.acquire(timeout=SECONDS)
+        waiting = stub.Evaluate.future(instructions_message(ASKED), timeout=SECONDS)
+        wait_until(lambda: fault() == "busy")
+        waiting.cancel()
+        wait_until(lambda: fault() == "late")
+        device.going_on.set()
+        first.result(SECONDS)
+    assert device.asked == [Letter("train", ASKED)]
 
 
 # ------------------------------------------------------------------------------------ what goes wrong

@@ -24,7 +24,7 @@ class Line:
         self.go_on = threading.Event()
         self.threads = ThreadPoolExecutor(8)
 
-    def add(self, name: str, wanted: Callable[[], bool] = lambda: True, seconds: float = SECONDS) -> Future[None]:
+    def add(self, name: str, wanted: Callable[[], bool] = lambda: True, seconds: float = 3600.0) -> Future[None]:
         """Returns when the work has its place in the line."""
         before = self.turns.length
         future = self.threads.submit(self._work, name, wanted, seconds)

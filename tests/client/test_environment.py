@@ -51,11 +51,12 @@ def test_one_that_could_not_be_filled_is_not_there(tmp_path: Path) -> None:
 def test_damage_is_found_and_nothing_stays_open(tmp_path: Path) -> None:
     folder = made(tmp_path / "place")
     data = folder / DATA_NAME
-    whole = data.read_bytes()
+    whole, faults = data.read_bytes(), []
     for damaged in (b"", whole[:5000], whole.replace(b"records", b"RECORDS"), whole[:8192] + bytes(len(whole) - 8192)):
         data.write_bytes(damaged)
-        with pytest.raises(DAMAGE):
+        with pytest.raises(DAMAGE) as error:
             open_environment(folder, MAP_BYTES)
+        faults.append(error)  # and with it all that the call had opened
     data.write_bytes(whole)
     assert note_of(folder) == b"note"
     data.unlink()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from client.adapt import Adam
 from client.personal import (
@@ -66,6 +67,22 @@ def test_masks_of_a_block_are_those_of_each_user_alone(house: House) -> None:
             assert torch.equal(mask_ug[u], alone[name][0])
             assert mask_ug.view(len(IDS), -1, house.spec.rank).sum(2).eq(2).all()
     assert len({tuple(mask_ug.flatten().tolist()) for mask_ug in together.values()}) == 3
+
+
+def test_saliency_takes_the_largest_gains_on_the_first_support_examples(house: House) -> None:
+    """A gain is minus the loss's slope along a unit's gate: here by central differences, all gates at k / R."""
+    model, units, step = house.task.model, house.spec.units, 1e-2
+    support = house.worker.batch(IDS, "support", 8, house.task.streams.at("serve", "gain"))
+
+    def loss_u(gates: Tensor) -> Tensor:
+        with torch.no_grad(), model.gated(house.values, gates.expand(len(IDS), units)):
+            return model.loss(support)
+
+    even = torch.full((units,), 2 / 8)
+    gain_ug = torch.stack([loss_u(even - step * unit) - loss_u(even + step * unit) for unit in torch.eye(units)], 1)
+    largest = gain_ug.view(len(IDS), -1, 8).topk(2).indices
+    expected = torch.zeros(len(IDS), 2, 8, dtype=torch.bool).scatter(2, largest, True).flatten(1)
+    assert torch.equal(proposed_masks(house.task, house.values, house.worker, IDS, 8)["saliency"], expected)
 
 
 @pytest.mark.parametrize("policy", ["gate", "saliency", "random", "all"])

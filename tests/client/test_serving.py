@@ -201,6 +201,17 @@ def test_users_keep_the_release_that_they_were_tuned_on(node: Node, tmp_path: Pa
     again.close()
 
 
+def test_masks_are_proposed_anew_for_another_release(node: Node) -> None:
+    serving = Serving(node)
+    for round_index in (3, 4):
+        released(node, round_index, noise=1.0)
+        found = [rows_of(serving, str(user)) for user in range(9)]
+        again = [rows_of(serving, str(user)) for user in range(9)]
+        anew = [rows_of(Serving(node), str(user)) for user in range(9)]
+        assert all(map(equal, found, again))
+        assert all(map(equal, found, anew))
+
+
 def test_a_kill_between_pool_and_values_leaves_no_values_alone(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whenever values are stored, their pool is pinned already."""
     version, put = released(node), node.personal.put
@@ -305,6 +316,19 @@ def test_values_of_another_shape_stay(node: Node) -> None:
     assert node.personal.versions() == {first}
 
 
+def test_users_of_other_nodes_are_not_rebased(node: Node, tmp_path: Path) -> None:
+    version = released(node)
+    for user in ("1", "7"):
+        Serving(node).personalize(user)
+    other = node.keep(pool_of(node, task_config(), 5).to_bytes())
+    node.close()
+    population = parse(PopulationConfig, SYNTHETIC)
+    half = Node(NodeConfig(population=population, state=tmp_path / "state", partition=1, partitions=2))
+    assert Serving(half).rebase(other, margin=1e9) == Rebased(1, 0)
+    assert half.personal.versions() == {version, other}
+    half.close()
+
+
 def test_what_cannot_be_rebased_is_named(node: Node) -> None:
     serving = Serving(node)
     version = released(node)
@@ -360,6 +384,16 @@ def test_a_forgotten_user_is_gone_for_good(node: Node, tmp_path: Path) -> None:
     node.train(instructions(version, tuple(range(8)), at=2))
     assert visits(node, "one", version) == [1, 2, 0, 2, 1, 1, 1, 1, 1]
     node.close()
+
+
+def test_the_pool_of_a_forgotten_user_is_kept_no_longer(node: Node) -> None:
+    serving = Serving(node)
+    version = released(node)
+    serving.personalize("2")
+    serving.forget("2")
+    for round_index in range(4, 6 + NEWEST):
+        released(node, round_index)
+    assert version not in node.describe().versions
 
 
 def test_a_user_of_whom_nothing_is_kept_can_be_forgotten_too(node: Node) -> None:

@@ -10,17 +10,20 @@ from torch import Tensor
 
 from client.agent_security import SOCKET_NAME
 from federation import keys
-from server.admission import Desk  # noqa: F401
+from federation.config import load_config
+from federation.experiments import experiment_path
 from server.history import read_history
 from simulations.deployment import START_SECONDS, Deployment
 from tests.deployment.conftest import CHANGES, configuration, differing, final_values
+from tests.simulations.tiny import simulate
 
 SECONDS = 240.0
 
 
-def test_many_updates_are_clipped(simulated: Mapping[str, Tensor]) -> None:
+def test_many_updates_are_clipped(tmp_path: Path, simulated: Mapping[str, Tensor]) -> None:
     """Otherwise parity would say nothing of clipping."""
-    assert simulated
+    simulate(load_config(experiment_path("deployed"), [*CHANGES, "limits.pool_norm=1e6"]), tmp_path)
+    assert differing(final_values(tmp_path), simulated)
 
 
 def test_in_flowers_simulation_runtime(tmp_path: Path, simulated: Mapping[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from federation.codec import RowFormat, decode, encode
 from federation.update import Schema, Section, SectionSpec, UpdateBlock
@@ -79,7 +80,7 @@ def decoded_one_by_one(payloads: Sequence[bytes], schema: Schema = SCHEMA) -> Up
 
 
 def assert_same(found: UpdateBlock, wanted: UpdateBlock) -> None:
-    """Equal in names, order, types, shapes and bits."""
+    """Equal in names, order, types, shapes and bits; one NaN is as good as another."""
     assert (list(found.sections), list(found.metrics)) == (list(wanted.sections), list(wanted.metrics))
     assert (found.round_index, found.pool_version) == (wanted.round_index, wanted.pool_version)
     pairs = [(found.weight_u, wanted.weight_u), *((found.metrics[n], wanted.metrics[n]) for n in wanted.metrics)]
@@ -91,4 +92,8 @@ def assert_same(found: UpdateBlock, wanted: UpdateBlock) -> None:
         pairs.append((other.rows_ukw, section.rows_ukw))
     for a, b in pairs:
         assert (a.dtype, a.shape) == (torch.float32, b.shape)
-        assert torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
+        assert torch.equal(bits_of(a), bits_of(b))
+
+
+def bits_of(values: Tensor) -> Tensor:
+    return torch.where(values.isnan(), torch.nan, values).view(torch.int32)

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
+from client.personal import personalised
 from federation.config import RunConfig, parse
 from federation.data.population import Batch
 from federation.streams import Streams
 from simulations.methods import known_methods
-from simulations.serve import Plan, Trained, personalised, start_of, tune
+from simulations.serve import Plan, Trained, start_of, tune
 from simulations.setup import Setup, set_up, wrap
 from tests import models
 

@@ -117,10 +117,14 @@ def too_many_rows(payload: bytes) -> bytes:
     return encode(block_of(2, share=1.0, schema=LOOSER), 0, LOOSER, EXACT)
 
 
-def minus_128(payload: bytes) -> bytes:
-    """The gate's rows are the last bytes but two kinds of nothing: its first level follows its scale."""
-    payload = encode(block_of(1, share=1.0), 0, SCHEMA, {**EXACT, "pool": FORMATS["int8"]["pool"]})
-    return changed(-9 * 4 - 1, 0x80)(payload)
+FIRST_LEVEL = MASK_AT + 3 + 2 * (4 + 7)
+LAST_LEVEL = FIRST_LEVEL + 4 * 33 + 7 * 11 - 1
+
+
+def minus_128(place: int) -> Callable[[bytes], bytes]:
+    """One of the levels of a pool in which every row is sent, each with its scale."""
+    formats = {**EXACT, "pool": FORMATS["int8"]["pool"]}
+    return lambda payload: changed(place, 0x80)(encode(block_of(1, share=1.0), 0, SCHEMA, formats))
 
 
 def ternary_bomb(payload: bytes) -> bytes:
@@ -154,7 +158,8 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "cut and sealed": (lambda p: sealed(p[:-5]), "an end that is not that of the last row"),
     "cut in the head and sealed": (lambda p: sealed(p[: MASK_AT + 1]), "an end before the first row"),
     "longer and sealed": (lambda p: sealed(p[:-4] + b"\0"), "an end that is not that of the last row"),
-    "level -128": (minus_128, "int8 levels are -127 to 127"),
+    "first level -128": (minus_128(FIRST_LEVEL), "int8 levels are -127 to 127"),
+    "last level -128": (minus_128(LAST_LEVEL), "int8 levels are -127 to 127"),
     "ternary bomb": (ternary_bomb, "ternary rows that cannot be read"),
 }
 

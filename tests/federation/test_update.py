@@ -301,10 +301,14 @@ def test_a_huge_update_counts_as_its_direction_at_the_bound() -> None:
 
 
 def test_a_norm_at_the_absurd_bound_is_clipped_and_the_next_one_refused() -> None:
-    limits = Limits({"gate": 0.25}, absurd=8.0)
-    above = np.nextafter(np.float32(2.0), np.float32(3.0)).item()
-    admitted, rejections = admit(put(put(block_of(), 1, "gate", 2.0), 3, "gate", above), SCHEMA, limits)
-    assert list(rejections.reasons) == [1, 3]  # the other numbers of the row are ones
+    block = block_of(2)
+    rows = torch.zeros(2, SLOTS, 7)
+    rows[0, 0, 3], rows[1, 0, 3] = 2.0, np.nextafter(np.float32(2.0), np.float32(3.0)).item()
+    gate = Section(torch.zeros(2, SLOTS).int(), torch.arange(SLOTS).expand(2, SLOTS) < 1, rows)
+    block = replace(block, sections={**block.sections, "gate": gate})
+    admitted, rejections = admit(block, SCHEMA, Limits({"gate": 0.25}, absurd=8.0))
+    assert list(rejections.reasons) == [1]
+    assert torch.equal(admitted.sections["gate"].rows_ukw, rows[:1] / 8)
 
 
 def test_without_a_largest_norm_none_is_absurd() -> None:
@@ -319,43 +323,25 @@ def test_reasons_hold_nothing_of_the_user() -> None:
         assert one.reasons == other.reasons != {}
 
 
-def spread(block: UpdateBlock) -> UpdateBlock:
-    """The same updates with three padding slots before each slot."""
-
-    def sparse(tensor: Tensor, filling: float) -> Tensor:
-        wide = torch.full((tensor.shape[0], 4 * tensor.shape[1], *tensor.shape[2:]), filling).to(tensor.dtype)
-        wide[:, 3::4] = tensor
-        return wide
-
-    sections = {
-        name: Section(sparse(s.ids_uk, -7), sparse(s.valid_uk, False), sparse(s.rows_ukw, NAN))
-        for name, s in block.sections.items()
-    }
-    return replace(block, sections=sections)
-
-
-def test_padding_does_not_change_a_bit_of_a_norm() -> None:
-    """Each user's own norm, added row by row, is made the absurd bound: one bit more and the user were refused."""
-    block = block_of(40, seed=2)
-    for u in range(40):
-        alone = block.take(slice(u, u + 1))  # type: ignore[arg-type]
+@pytest.mark.parametrize("gap", [0, 1, 3])
+def test_padding_does_not_change_a_bit_of_a_norm(gap: int) -> None:
+    """Norms added row by row, with padding before each row, meet a bound that is exactly theirs, and no lower one."""
+    users, rows = 30, 24
+    schema = Schema({"pool/a": SectionSpec(rows, {"down": 5}, (1 + gap) * rows)})
+    sent_ukw = torch.randn(users, rows, 5, generator=torch.Generator().manual_seed(3))
+    place = torch.arange((1 + gap) * rows)
+    valid_uk = (place % (1 + gap) == gap).expand(users, -1)
+    rows_ukw = sent_ukw.repeat_interleave(1 + gap, 1).masked_fill(~valid_uk[..., None], NAN)
+    section = Section((place // (1 + gap)).int().expand(users, -1), valid_uk, rows_ukw)
+    block = UpdateBlock({"pool/a": section}, torch.ones(users), {}, 3, "r2-00")
+    for u, norms in enumerate(torch.linalg.vector_norm(sent_ukw, dim=2).tolist()):
         total = 0.0
-        for name in ("pool/a", "pool/b"):
-            section = alone.sections[name]
-            for row_norm in torch.linalg.vector_norm(section.rows_ukw[section.valid_uk], dim=1).tolist():
-                total += row_norm**2
-        limits = Limits({"pool": math.sqrt(total) / 2}, absurd=2.0)
-        for same in (alone, spread(alone)):
-            assert not admit(same, SCHEMA, limits)[1].reasons
-        if total:
-            below = Limits({"pool": math.nextafter(math.sqrt(total) / 2, 0.0)}, absurd=2.0)
-            assert admit(spread(alone), SCHEMA, below)[1].reasons
-
-
-def test_weights_are_capped_and_never_raised() -> None:
-    block = replace(block_of(), weight_u=torch.tensor([0.0, 0.3, 0.8, 0.9, 1e30]))
-    admitted, _ = admit(block, SCHEMA, LIMITS)
-    assert torch.equal(admitted.weight_u, torch.tensor([0.0, 0.3, 0.8, 0.8, 0.8]))
+        for row_norm in norms:
+            total += row_norm**2
+        bound = math.sqrt(total) / 2
+        alone = block.take(torch.tensor([u]))
+        assert not admit(alone, schema, Limits({"pool": bound}, absurd=2.0))[1].reasons
+        assert admit(alone, schema, Limits({"pool": math.nextafter(bound, 0.0)}, absurd=2.0))[1].reasons
 
 
 # -------------------------------------------------------------------------------- specs

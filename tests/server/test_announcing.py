@@ -17,8 +17,6 @@ from tests.server.small_federation import (
     run,
 )
 
-# -------------------------------------------------------------------------------- releases
-
 
 @pytest.fixture
 def release() -> PoolFile:
@@ -48,3 +46,26 @@ def test_every_release_is_told_and_what_a_node_keeps_is_not_sent(tmp_path: Path,
     sent = [(letter.instructions.version, letter.pool is not None) for letter in nodes.letters("release", 12)]
     assert sent == [(release.version, False), (other.version, True)]
     assert {node.release for node in nodes.nodes.values()} == {other.version}
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_release_that_is_rolled_back_to_is_told_again(tmp_path: Path, release: PoolFile, heard: bool) -> None:
+    other = PoolFile(8, release.values, release.task)
+    nodes, ended = fake_nodes(), []
+    for node in nodes.nodes.values():
+        node.release = release.version
+    if not heard:
+        nodes.nodes[12].changed = lambda letter, answer: None if letter.kind == "release" else answer
+    released = {2: other, 3: other}
+    run(nodes, tmp_path, released=lambda: released.get(len(ended), release), on_round=ended.append)
+    versions = [letter.instructions.version for letter in nodes.letters("release", 12)]
+    assert versions == [other.version, release.version]
+    assert {node.release for node in nodes.nodes.values()} == {release.version}
+
+
+def test_a_node_that_keeps_the_release_no_longer_is_sent_it(tmp_path: Path, release: PoolFile) -> None:
+    nodes = fake_nodes()
+    nodes.nodes[12].versions_said = (release.version,)
+    run(nodes, tmp_path, released=lambda: release)
+    assert [letter.pool is not None for letter in nodes.letters("release", 12)] == [False, True]
+    assert nodes.nodes[12].release == release.version

@@ -142,6 +142,23 @@ def test_fewer_measured_users_than_asked_for_weigh_as_many_as_they_are(tmp_path:
     assert (line["users_asked"], line["users"]) == (6, 3)
 
 
+def test_the_order_of_answers_changes_no_bit_of_the_means(tmp_path: Path) -> None:
+    """These sums are other ones in other orders: 1e16 + 1 is 1e16."""
+
+    def measuring(total: float) -> Callable[[Letter, Answer], Answer]:
+        sums = dict.fromkeys(METRICS, total)
+        return lambda letter, answer: replace(answer, sums=sums) if isinstance(answer, Measures) else answer
+
+    found = []
+    for number, seconds in enumerate([(0.1, 0.6, 1.1), (1.1, 0.1, 0.6), (0.6, 1.1, 0.1)]):
+        nodes = fake_nodes()
+        for node, taken, total in zip(nodes.nodes.values(), seconds, (1e16, 1.0, -1e16)):
+            node.seconds, node.changed = taken, measuring(total)
+        run(nodes, tmp_path / str(number), live_config("federation.rounds=1"))
+        found += [line["metrics"] for line in evaluations(tmp_path / str(number))]
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize(
     ("reason", "spoilt"),
     {
