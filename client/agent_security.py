@@ -217,7 +217,7 @@ def _lock(descriptor: int, state: Path) -> None:
 def _unix_address(path: str) -> UnixAddress:
     whole = os.path.abspath(path)
     size = len(os.fsencode(whole))
-    if not path or size > 108:
+    if not path or size > _SOCKET_PATH_BYTES:
         raise ConfigError(
             f"a Unix socket's path has 1 to {_SOCKET_PATH_BYTES} bytes, {path!r} comes to {size if path else 0}; "
             "use a shorter one, such as unix:/run/user/1000/agent.sock"

@@ -9,7 +9,7 @@ from server.session import Head, Session
 
 
 class Announcer:
-    """Sends a release to nodes that serve another one: once, whatever a node says to it. Nobody waits for the answer."""
+    """Sends a release to nodes that serve another one: once, whatever a node says to it. Nobody waits for that."""
 
     def __init__(self, session: Session) -> None:
         self._session = session

@@ -211,6 +211,7 @@ def test_an_answer_to_other_work_tells_nothing_of_a_node(tmp_path: Path) -> None
     nodes, config = fake_nodes(), live_config("deployment.quorum=0.1")
     nodes.nodes[23].changed = stale
     assert_same(run(nodes, tmp_path, config), plain(config, missing_in(23, 2)))
+    assert [line["attempt"] for line in history(tmp_path)] == [1, 1, 1, 1, 1]
 
 
 def test_a_node_that_lost_users_describes_itself_again(tmp_path: Path) -> None:

@@ -16,16 +16,17 @@ PAUSE_SECONDS = 0.2
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Writes the seconds of each round to the file `out`."""
-    while len(list(grid.get_node_ids())) < context.run_config["nodes"]:
+    nodes, rounds = (int(context.run_config[key]) for key in ("nodes", "rounds"))
+    while len(list(grid.get_node_ids())) < nodes:
         time.sleep(PAUSE_SECONDS)
-    taken = [one_round(grid) for _ in range(context.run_config["rounds"])]
-    Path(context.run_config["out"]).write_text(json.dumps(taken))
+    taken = [one_round(grid) for _ in range(rounds)]
+    Path(str(context.run_config["out"])).write_text(json.dumps(taken))
 
 
 def one_round(grid: Grid) -> float:
     """A message to each node, and its answer."""
     started = time.perf_counter()
-    awaited = []
+    awaited: list[str] = []
     for node in grid.get_node_ids():
         awaited += grid.push_messages([Message(RecordDict({"empty": ConfigRecord()}), node, "train")])
     while awaited:
