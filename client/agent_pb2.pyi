@@ -1,33 +1,35 @@
-from google.protobuf.internal import containers as _containers
+from collections.abc import Iterable as _Iterable
+from collections.abc import Mapping as _Mapping
+from typing import ClassVar as _ClassVar
+
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable, Mapping as _Mapping
-from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+from google.protobuf.internal import containers as _containers
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Chunk(_message.Message):
-    __slots__ = ("total_bytes", "data")
+    __slots__ = ("data", "total_bytes")
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     total_bytes: int
     data: bytes
-    def __init__(self, total_bytes: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, total_bytes: int | None = ..., data: bytes | None = ...) -> None: ...
 
 class Version(_message.Message):
     __slots__ = ("version",)
     VERSION_FIELD_NUMBER: _ClassVar[int]
     version: str
-    def __init__(self, version: _Optional[str] = ...) -> None: ...
+    def __init__(self, version: str | None = ...) -> None: ...
 
 class File(_message.Message):
     __slots__ = ("path",)
     PATH_FIELD_NUMBER: _ClassVar[int]
     path: str
-    def __init__(self, path: _Optional[str] = ...) -> None: ...
+    def __init__(self, path: str | None = ...) -> None: ...
 
 class Instructions(_message.Message):
-    __slots__ = ("federation", "round_index", "attempt", "version", "split", "positions", "durable_round", "task")
+    __slots__ = ("attempt", "durable_round", "federation", "positions", "round_index", "split", "task", "version")
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     ROUND_INDEX_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -46,18 +48,18 @@ class Instructions(_message.Message):
     task: str
     def __init__(
         self,
-        federation: _Optional[str] = ...,
-        round_index: _Optional[int] = ...,
-        attempt: _Optional[int] = ...,
-        version: _Optional[str] = ...,
-        split: _Optional[str] = ...,
-        positions: _Optional[_Iterable[int]] = ...,
-        durable_round: _Optional[int] = ...,
-        task: _Optional[str] = ...,
+        federation: str | None = ...,
+        round_index: int | None = ...,
+        attempt: int | None = ...,
+        version: str | None = ...,
+        split: str | None = ...,
+        positions: _Iterable[int] | None = ...,
+        durable_round: int | None = ...,
+        task: str | None = ...,
     ) -> None: ...
 
 class Work(_message.Message):
-    __slots__ = ("federation", "round_index", "attempt", "version")
+    __slots__ = ("attempt", "federation", "round_index", "version")
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     ROUND_INDEX_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -68,49 +70,49 @@ class Work(_message.Message):
     version: str
     def __init__(
         self,
-        federation: _Optional[str] = ...,
-        round_index: _Optional[int] = ...,
-        attempt: _Optional[int] = ...,
-        version: _Optional[str] = ...,
+        federation: str | None = ...,
+        round_index: int | None = ...,
+        attempt: int | None = ...,
+        version: str | None = ...,
     ) -> None: ...
 
 class ContributionPart(_message.Message):
-    __slots__ = ("head", "chunk")
+    __slots__ = ("chunk", "head")
     HEAD_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     head: ContributionHead
     chunk: Chunk
     def __init__(
-        self, head: _Optional[_Union[ContributionHead, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...
+        self, head: ContributionHead | _Mapping | None = ..., chunk: Chunk | _Mapping | None = ...
     ) -> None: ...
 
 class ContributionHead(_message.Message):
-    __slots__ = ("work", "users")
+    __slots__ = ("users", "work")
     class UsersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: str
         value: int
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+        def __init__(self, key: str | None = ..., value: int | None = ...) -> None: ...
 
     WORK_FIELD_NUMBER: _ClassVar[int]
     USERS_FIELD_NUMBER: _ClassVar[int]
     work: Work
     users: _containers.ScalarMap[str, int]
     def __init__(
-        self, work: _Optional[_Union[Work, _Mapping]] = ..., users: _Optional[_Mapping[str, int]] = ...
+        self, work: Work | _Mapping | None = ..., users: _Mapping[str, int] | None = ...
     ) -> None: ...
 
 class Measures(_message.Message):
-    __slots__ = ("work", "users", "measured", "sums")
+    __slots__ = ("measured", "sums", "users", "work")
     class UsersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: str
         value: int
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+        def __init__(self, key: str | None = ..., value: int | None = ...) -> None: ...
 
     class SumsEntry(_message.Message):
         __slots__ = ("key", "value")
@@ -118,7 +120,7 @@ class Measures(_message.Message):
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: str
         value: float
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+        def __init__(self, key: str | None = ..., value: float | None = ...) -> None: ...
 
     WORK_FIELD_NUMBER: _ClassVar[int]
     USERS_FIELD_NUMBER: _ClassVar[int]
@@ -130,10 +132,10 @@ class Measures(_message.Message):
     sums: _containers.ScalarMap[str, float]
     def __init__(
         self,
-        work: _Optional[_Union[Work, _Mapping]] = ...,
-        users: _Optional[_Mapping[str, int]] = ...,
-        measured: _Optional[int] = ...,
-        sums: _Optional[_Mapping[str, float]] = ...,
+        work: Work | _Mapping | None = ...,
+        users: _Mapping[str, int] | None = ...,
+        measured: int | None = ...,
+        sums: _Mapping[str, float] | None = ...,
     ) -> None: ...
 
 class DescribeRequest(_message.Message):
@@ -141,14 +143,14 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("users", "order", "versions", "release", "software")
+    __slots__ = ("order", "release", "software", "users", "versions")
     class UsersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: str
         value: int
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+        def __init__(self, key: str | None = ..., value: int | None = ...) -> None: ...
 
     USERS_FIELD_NUMBER: _ClassVar[int]
     ORDER_FIELD_NUMBER: _ClassVar[int]
@@ -162,21 +164,21 @@ class Description(_message.Message):
     software: str
     def __init__(
         self,
-        users: _Optional[_Mapping[str, int]] = ...,
-        order: _Optional[int] = ...,
-        versions: _Optional[_Iterable[str]] = ...,
-        release: _Optional[str] = ...,
-        software: _Optional[str] = ...,
+        users: _Mapping[str, int] | None = ...,
+        order: int | None = ...,
+        versions: _Iterable[str] | None = ...,
+        release: str | None = ...,
+        software: str | None = ...,
     ) -> None: ...
 
 class User(_message.Message):
     __slots__ = ("user",)
     USER_FIELD_NUMBER: _ClassVar[int]
     user: str
-    def __init__(self, user: _Optional[str] = ...) -> None: ...
+    def __init__(self, user: str | None = ...) -> None: ...
 
 class Personalised(_message.Message):
-    __slots__ = ("version", "steps", "personal_bytes", "loss_before", "loss_after")
+    __slots__ = ("loss_after", "loss_before", "personal_bytes", "steps", "version")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     PERSONAL_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -189,15 +191,15 @@ class Personalised(_message.Message):
     loss_after: float
     def __init__(
         self,
-        version: _Optional[str] = ...,
-        steps: _Optional[int] = ...,
-        personal_bytes: _Optional[int] = ...,
-        loss_before: _Optional[float] = ...,
-        loss_after: _Optional[float] = ...,
+        version: str | None = ...,
+        steps: int | None = ...,
+        personal_bytes: int | None = ...,
+        loss_before: float | None = ...,
+        loss_after: float | None = ...,
     ) -> None: ...
 
 class Prompt(_message.Message):
-    __slots__ = ("user", "text", "max_tokens", "temperature", "seed")
+    __slots__ = ("max_tokens", "seed", "temperature", "text", "user")
     USER_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -210,29 +212,29 @@ class Prompt(_message.Message):
     seed: int
     def __init__(
         self,
-        user: _Optional[str] = ...,
-        text: _Optional[str] = ...,
-        max_tokens: _Optional[int] = ...,
-        temperature: _Optional[float] = ...,
-        seed: _Optional[int] = ...,
+        user: str | None = ...,
+        text: str | None = ...,
+        max_tokens: int | None = ...,
+        temperature: float | None = ...,
+        seed: int | None = ...,
     ) -> None: ...
 
 class Text(_message.Message):
     __slots__ = ("text",)
     TEXT_FIELD_NUMBER: _ClassVar[int]
     text: str
-    def __init__(self, text: _Optional[str] = ...) -> None: ...
+    def __init__(self, text: str | None = ...) -> None: ...
 
 class Writing(_message.Message):
-    __slots__ = ("user", "text")
+    __slots__ = ("text", "user")
     USER_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     user: str
     text: str
-    def __init__(self, user: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
+    def __init__(self, user: str | None = ..., text: str | None = ...) -> None: ...
 
 class Scored(_message.Message):
-    __slots__ = ("tokens", "nats_per_token", "bits_per_char")
+    __slots__ = ("bits_per_char", "nats_per_token", "tokens")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     NATS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     BITS_PER_CHAR_FIELD_NUMBER: _ClassVar[int]
@@ -241,13 +243,13 @@ class Scored(_message.Message):
     bits_per_char: float
     def __init__(
         self,
-        tokens: _Optional[int] = ...,
-        nats_per_token: _Optional[float] = ...,
-        bits_per_char: _Optional[float] = ...,
+        tokens: int | None = ...,
+        nats_per_token: float | None = ...,
+        bits_per_char: float | None = ...,
     ) -> None: ...
 
 class Forgotten(_message.Message):
-    __slots__ = ("had_values", "federations", "cannot_undo")
+    __slots__ = ("cannot_undo", "federations", "had_values")
     HAD_VALUES_FIELD_NUMBER: _ClassVar[int]
     FEDERATIONS_FIELD_NUMBER: _ClassVar[int]
     CANNOT_UNDO_FIELD_NUMBER: _ClassVar[int]
@@ -256,13 +258,13 @@ class Forgotten(_message.Message):
     cannot_undo: _containers.RepeatedScalarFieldContainer[str]
     def __init__(
         self,
-        had_values: _Optional[bool] = ...,
-        federations: _Optional[int] = ...,
-        cannot_undo: _Optional[_Iterable[str]] = ...,
+        had_values: bool | None = ...,
+        federations: int | None = ...,
+        cannot_undo: _Iterable[str] | None = ...,
     ) -> None: ...
 
 class RebaseRequest(_message.Message):
-    __slots__ = ("version", "user", "margin")
+    __slots__ = ("margin", "user", "version")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     USER_FIELD_NUMBER: _ClassVar[int]
     MARGIN_FIELD_NUMBER: _ClassVar[int]
@@ -270,7 +272,7 @@ class RebaseRequest(_message.Message):
     user: str
     margin: float
     def __init__(
-        self, version: _Optional[str] = ..., user: _Optional[str] = ..., margin: _Optional[float] = ...
+        self, version: str | None = ..., user: str | None = ..., margin: float | None = ...
     ) -> None: ...
 
 class Rebased(_message.Message):
@@ -279,21 +281,21 @@ class Rebased(_message.Message):
     STAYED_FIELD_NUMBER: _ClassVar[int]
     moved: int
     stayed: int
-    def __init__(self, moved: _Optional[int] = ..., stayed: _Optional[int] = ...) -> None: ...
+    def __init__(self, moved: int | None = ..., stayed: int | None = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class ServingStatus(_message.Message):
-    __slots__ = ("users", "personalised", "forgotten", "release", "versions", "disk_bytes")
+    __slots__ = ("disk_bytes", "forgotten", "personalised", "release", "users", "versions")
     class UsersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: str
         value: int
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+        def __init__(self, key: str | None = ..., value: int | None = ...) -> None: ...
 
     USERS_FIELD_NUMBER: _ClassVar[int]
     PERSONALISED_FIELD_NUMBER: _ClassVar[int]
@@ -309,10 +311,10 @@ class ServingStatus(_message.Message):
     disk_bytes: int
     def __init__(
         self,
-        users: _Optional[_Mapping[str, int]] = ...,
-        personalised: _Optional[int] = ...,
-        forgotten: _Optional[int] = ...,
-        release: _Optional[str] = ...,
-        versions: _Optional[_Iterable[str]] = ...,
-        disk_bytes: _Optional[int] = ...,
+        users: _Mapping[str, int] | None = ...,
+        personalised: int | None = ...,
+        forgotten: int | None = ...,
+        release: str | None = ...,
+        versions: _Iterable[str] | None = ...,
+        disk_bytes: int | None = ...,
     ) -> None: ...

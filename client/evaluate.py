@@ -21,11 +21,9 @@ from federation.formats import quantise
 from federation.streams import UserIds
 from federation.update import Values
 
-METRICS = ("base_loss", "mask_loss", "tuned_loss")
-
 
 def user_losses(task: Task, values: Values, examples: Examples, user_ids: UserIds) -> dict[str, Tensor]:
-    """Each user's loss on its test part, (U,) nats per target.
+    """Each user's loss on its test part, (U,) nats per target, as `federation.exchange.MEASURES` names them.
 
     base_loss: of the frozen model alone. mask_loss: with the rows that the task's policy picks for the user, as they
     are in the pool. tuned_loss: with these rows tuned on the support part, as they are read back from their bytes.

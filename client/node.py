@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from client.evaluate import METRICS, user_losses
+from client.evaluate import user_losses
 from client.partition import OwnUsers
 from client.personal_store import PersonalStore
 from client.pools import Pools
@@ -38,7 +38,17 @@ from federation.data.population import Batch, Part, Population
 from federation.data.registry import make_population
 from federation.devices import CPU, making_tensors_on, moved
 from federation.errors import ConfigError, FedquiltError, NodeError
-from federation.exchange import Answer, Contribution, Description, Fault, Instructions, Letter, Measures, Refusal
+from federation.exchange import (
+    MEASURES,
+    Answer,
+    Contribution,
+    Description,
+    Fault,
+    Instructions,
+    Letter,
+    Measures,
+    Refusal,
+)
 from federation.frames import join
 from federation.pool.file import PoolFile
 from federation.pool.model import PooledModel
@@ -149,7 +159,7 @@ class Node:
         """Sums over some of the node's users of `client/evaluate.py`'s losses. Nothing is kept. Raises as `train`."""
         with self._alone():
             ids, task, values = self._work(instructions)
-            sums = dict.fromkeys(METRICS, 0.0)
+            sums = dict.fromkeys(MEASURES, 0.0)
             for block in self._blocks(ids):
                 with making_tensors_on(self.device):
                     losses = user_losses(task, values, self, block)

@@ -164,7 +164,7 @@ def _row_mask(section: Section, spec: SectionSpec) -> Bits:
 
 def _rows_bytes(group: Sequence[Levels], kind: Kind) -> bytes:
     scales = [
-        levels.scale_uk.view(torch.int16).numpy().astype("<i2") for levels in group if levels.scale_uk is not None
+        levels.scale_uk.view(torch.int16).numpy().astype(wire.SCALE) for levels in group if levels.scale_uk is not None
     ]
     values = np.concatenate([levels.levels_ukw.numpy().ravel() for levels in group])
     body = _ternary_bytes(values) if kind == "ternary" else values.astype(wire.LEVELS[kind]).tobytes()

@@ -130,4 +130,7 @@ class Letter:
     pool: bytes | None = field(default=None, repr=False)
 
 
+MEASURES: tuple[str, ...] = ("base_loss", "mask_loss", "tuned_loss")
+"""What a node measures: losses of the frozen model, under the user's mask, and with rows tuned for the user."""
+
 Answer = Contribution | Measures | Description | Refusal

@@ -224,10 +224,10 @@ def _slots_of(block: UpdateBlock, schema: Schema) -> _Slots:
     valid_un = torch.cat([section.valid_uk for section in sections], 1)
     norm_un = torch.cat([torch.linalg.vector_norm(section.rows_ukw, dim=2) for section in sections], 1).double()
     norm_un.masked_fill_(~valid_un, 0.0)
-    overflown_un = ~norm_un.isfinite()
-    if overflown_un.any():  # in float64 the squares of finite float32 entries never overflow
+    odd_un = ~norm_un.isfinite()
+    if odd_un.any():  # in float64 the squares of finite float32 entries never overflow
         for section, place in zip(sections, places.values()):
-            again_uk = overflown_un[:, place]
+            again_uk = odd_un[:, place]
             norm_un[:, place][again_uk] = section.rows_ukw[again_uk].double().square().sum(1).sqrt()
     return _Slots(places, torch.cat([section.ids_uk for section in sections], 1), valid_un, norm_un)
 

@@ -25,8 +25,8 @@ from federation.data.registry import make_population
 from federation.experiments import experiment_path
 from federation.house import check_house
 from server.begin import first_state
-from server.grid import GridNodes
-from server.live import RoundLine, federate
+from server.live.grid import GridNodes
+from server.live.loop import RoundLine, federate
 from server.releases import released
 
 app = ServerApp()

@@ -5,7 +5,7 @@
 
 The app's clients are those of Flower's FedAvg: they send all arrays back, and `num-examples`. Admission, lift, merge
 and finish are those of a fedquilt server; the loop is Flower's own, so its limits stay: it holds all replies of a round
-in memory, and a run that dies begins anew. `server/live.py` has neither limit.
+in memory, and a run that dies begins anew. `server/live/loop.py` has neither limit.
 """
 
 from __future__ import annotations

@@ -22,12 +22,12 @@ MAY_IMPORT = {
     "simulations": {"federation", "strategies", "client", "server"},
 }
 ONLY_IN = {
-    "ray": {"server/ray_lifting.py", "simulations/compute/cluster.py", "simulations/compute/ray_workers.py"},
+    "ray": {"server/admission/ray_lifting.py", "simulations/compute/cluster.py", "simulations/compute/ray_workers.py"},
     "flwr": {
         "client/app.py",
         "server/app.py",
         "server/flower.py",
-        "server/grid.py",
+        "server/live/grid.py",
         "federation/records.py",
         "simulations/benchmarks/empty_app/empty_client.py",
         "simulations/benchmarks/empty_app/empty_server.py",

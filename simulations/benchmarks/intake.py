@@ -18,10 +18,10 @@ from federation.config import RunConfig
 from federation.exchange import Contribution, Work
 from federation.formats import Kind, RowFormat
 from federation.update import Limits, Schema, Section, SectionSpec, UpdateBlock, admit
-from server.admission import Desk
-from server.audit import AuditLog
-from server.intake import Intake
-from server.lifting import InProcessLifter
+from server.admission.audit import AuditLog
+from server.admission.desk import Desk
+from server.admission.intake import Intake
+from server.admission.lifting import InProcessLifter
 from server.nodes import Parcel
 from server.plan import Plan, Seat
 from server.round import Rules

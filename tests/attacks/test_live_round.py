@@ -19,7 +19,7 @@ from federation.exchange import Answer, Contribution, Description, Measures
 from federation.update import Schema, SectionSpec, UpdateBlock
 from server.nodes import Parcel
 from server.plan import Seat
-from tests.server.replies import (
+from tests.server.admission.replies import (
     SCHEMA,
     SIZES,
     WORK,

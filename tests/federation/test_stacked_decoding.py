@@ -110,7 +110,7 @@ METRIC_BYTES = sum(1 + len(name.encode()) + 4 for name in METRICS)
 KINDS_AT = 7 + 9 + METRIC_BYTES
 MASK_AT = KINDS_AT + 3
 WIDER = Schema({**SCHEMA.sections, "gate": SectionSpec(1, {"phi": 10}, 1)})
-LOOSER = Schema({**SCHEMA.sections, "pool/a": replace(SCHEMA.sections["pool/a"], max_rows=12)})
+LOOSER = Schema({**SCHEMA.sections, "pool/a": replace(SCHEMA.sections["pool/a"], max_rows=5)})
 
 
 def too_many_rows(payload: bytes) -> bytes:
@@ -185,6 +185,12 @@ def test_all_payloads_may_be_bad(damage: Callable[[bytes], bytes], reason: str) 
     assert_same(block, decoded([]))
     assert list(faults) == [0, 1, 2]
     assert len(set(faults.values())) == 1  # the same for all: nothing in it is theirs
+
+
+def test_faults_of_every_kind_come_in_the_order_of_the_payloads() -> None:
+    honest = encode(block_of(1), 0, SCHEMA, EXACT)
+    _, faults = decode_all([ternary_bomb(honest), sealed(honest[:-5]), honest, b""], SCHEMA, VERSION, METRICS, ROUND)
+    assert list(faults) == [0, 1, 3]
 
 
 def test_the_level_that_is_refused_is_looked_for_among_levels_alone() -> None:

@@ -326,9 +326,11 @@ def test_reasons_hold_nothing_of_the_user() -> None:
 @pytest.mark.parametrize("gap", [0, 1, 3])
 def test_padding_does_not_change_a_bit_of_a_norm(gap: int) -> None:
     """Norms added row by row, with padding before each row, meet a bound that is exactly theirs, and no lower one."""
-    users, rows = 30, 24
+    users, rows = 30, 60
+    generator = torch.Generator().manual_seed(3)
     schema = Schema({"pool/a": SectionSpec(rows, {"down": 5}, (1 + gap) * rows)})
-    sent_ukw = torch.randn(users, rows, 5, generator=torch.Generator().manual_seed(3))
+    size_uk = torch.randn(users, rows, 1, generator=generator).exp()  # or most sums would be exact in any order
+    sent_ukw = size_uk * torch.randn(users, rows, 5, generator=generator)
     place = torch.arange((1 + gap) * rows)
     valid_uk = (place % (1 + gap) == gap).expand(users, -1)
     rows_ukw = sent_ukw.repeat_interleave(1 + gap, 1).masked_fill(~valid_uk[..., None], NAN)

@@ -13,7 +13,7 @@ from federation.errors import CheckpointError, RunError
 from federation.pool.file import PoolFile
 from server import checkpoint
 from server.candidates import deployed_candidate, is_deployed
-from server.history import EvaluationLine, History
+from server.live.history import EvaluationLine, History
 
 CONFIG = RunConfig(seed=5)
 

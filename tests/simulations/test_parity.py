@@ -15,7 +15,7 @@ from federation.config import RunConfig
 from federation.data.registry import make_population
 from federation.exchange import Contribution, Letter
 from server.begin import first_state
-from server.live import RoundLine, federate
+from server.live.loop import RoundLine, federate
 from server.nodes import Parcel
 from server.round import ServerState
 from simulations.federate import load_state

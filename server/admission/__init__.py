@@ -1,0 +1,1 @@
+"""From a node's reply to a partial: judged, decoded, admitted, lifted, merged."""

@@ -1,0 +1,1 @@
+"""A federation over real nodes: its rounds, evaluations and announcements."""
