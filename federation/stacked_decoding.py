@@ -255,6 +255,19 @@ class _Reader:
     bodies: _Bodies
     alone: Mapping[int, Mapping[str, Section]]
 
+    @cached_property
+    def alike_s(self) -> list[bool]:
+        """Of which sections all users sent equally many rows of one kind: their rows need no padding."""
+        count_us, kind_us = self.bodies.count_us, self.bodies.kind_us
+        alike: list[bool] = ((count_us == count_us[:1]) & (kind_us == kind_us[:1])).all(0).tolist()
+        return alike
+
+    @cached_property
+    def spans_uq(self) -> list[list[slice]]:
+        """Where each piece lies."""
+        both = zip(self.bodies.start_uq.tolist(), self.bodies.stop_uq.tolist())
+        return [[slice(*ends) for ends in zip(starts, stops)] for starts, stops in both]
+
     def sections(self) -> dict[str, Section]:
         """All users' sections, in the order of the schema."""
         most_s = self.bodies.count_us.max(0, initial=0)
@@ -278,12 +291,13 @@ class _Reader:
     def _rows(self, name: str, place: int, valid_uk: Tensor) -> Tensor:
         """The rows of one section, padding zero: (U, k, width) float32."""
         kind_u = self.bodies.kind_us[:, place]
-        kinds = set(kind_u.tolist())
         shape = (*valid_uk.shape, int(self.layout.width_s[place]))
-        if len(kinds) == 1 and valid_uk.all():
-            return self._sent(name, place, kinds.pop(), range(len(kind_u))).view(shape)
+        if 0 in shape:
+            return torch.zeros(shape)
+        if self.alike_s[place]:
+            return self._sent(name, place, int(kind_u[0]), range(len(kind_u))).view(shape)
         rows_ukw = torch.zeros(shape)
-        for kind in kinds:
+        for kind in set(kind_u.tolist()):
             of_kind_u = kind_u == kind
             sent = valid_uk & torch.from_numpy(of_kind_u)[:, None]
             rows_ukw[sent] = self._sent(name, place, kind, np.flatnonzero(of_kind_u).tolist())
@@ -294,15 +308,12 @@ class _Reader:
         if kind == _TERNARY:
             return torch.cat([self.alone[u][name].rows_ukw[0] for u in users])
         values = self._numbers(wire.LEVELS[wire.KINDS[kind]], self.layout.values_piece(place), users)
-        rows = int(self.bodies.count_us[users, place].sum())
-        levels_nw = values.view(rows, int(self.layout.width_s[place]))
         scale_n = self._numbers(wire.SCALE, place, users).view(torch.bfloat16) if kind == _INT8 else None
-        return Levels(levels_nw, scale_n).rows()
+        return Levels(values.view(-1, int(self.layout.width_s[place])), scale_n).rows()
 
     def _numbers(self, dtype: str, piece: int, users: Sequence[int]) -> Tensor:
         """The numbers of one piece of the users' bodies, in the machine's byte order: (n,)."""
-        starts, stops = self.bodies.start_uq[:, piece].tolist(), self.bodies.stop_uq[:, piece].tolist()
-        found = np.frombuffer(bytearray().join([self.payloads[u][starts[u] : stops[u]] for u in users]), dtype)
+        found = np.frombuffer(bytearray().join([self.payloads[u][self.spans_uq[u][piece]] for u in users]), dtype)
         return torch.from_numpy(found.astype(found.dtype.newbyteorder("="), copy=False))
 
 

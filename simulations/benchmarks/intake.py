@@ -36,7 +36,7 @@ KINDS: Mapping[Kind, int] = {"fp32": 480, "int8": 1900}
 """The width of a row with which an update of 8 units of 8 modules and a gate has 128 KiB."""
 
 _MODULES, _RANK, _BUDGET, _GATE = 8, 32, 8, 2000
-_CONFIG = RunConfig.model_validate({"gate": {"policy": "all"}, "compute": {"block": 16}})
+_CONFIG = RunConfig.model_validate({"gate": {"policy": "all"}, "compute": {"block": 8}})
 
 
 def admission(repetitions: int) -> tuple[dict[str, tuple[float, ...]], int]:

@@ -1,4 +1,4 @@
-"""The agent as a process of its own, which is killed and stopped, against a node in this process."""
+"""Agents of real nodes, also in a process of its own that is killed and stopped, against nodes without an agent."""
 
 from __future__ import annotations
 
@@ -9,24 +9,29 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from client.agent_client import AgentClient
-from client.agent_security import Credentials, sole_agent
+from client.agent_security import Credentials, UnixAddress, sole_agent
+from client.agent_server import AgentServer
+from client.agent_service import AgentService
 from client.node import Node, NodeConfig
-from federation.config import RunConfig
+from client.serving import Serving
+from federation.config import PopulationConfig, RunConfig, TaskConfig, parse
 from federation.errors import ConfigError
 from federation.exchange import Description, Instructions, Letter, Refusal
 from federation.pool.file import PoolFile
+from tests.bases import UNICODE_TEXT, save_base
 from tests.simulations.tiny import tiny_config, tiny_setup
 
 HOUSE = Path(__file__).parents[2]
 SECONDS = 60.0
 """More than loading torch takes on a busy machine."""
-COMMAND = "import typer; from simulations.agent_commands import agent; typer.run(agent)"
+COMMAND = "from simulations.cli import main; main()"
 BLOCK = 2
 
 
@@ -52,7 +57,7 @@ def experiment(config: RunConfig, folder: Path) -> Path:
 def agent(users: Path, state: Path, ready: Callable[[], bool]) -> Iterator[subprocess.Popen[str]]:
     """A process of the second of two nodes; once `ready` is true."""
     words = ["--experiment", users, "--state", state, "--partition", "1/2", "--block", BLOCK]
-    command = [sys.executable, "-c", COMMAND, *map(str, words)]
+    command = [sys.executable, "-c", COMMAND, "agent", *map(str, words)]
     process = subprocess.Popen(command, cwd=HOUSE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         until = time.monotonic() + SECONDS
@@ -66,11 +71,54 @@ def agent(users: Path, state: Path, ready: Callable[[], bool]) -> Iterator[subpr
         process.communicate()
 
 
-def letter(pool: PoolFile, round_index: int) -> Letter:
-    """Training for all users of the node."""
+def letter(pool: PoolFile, round_index: int, users: int = 30) -> Letter:
+    """Training for so many users of the node."""
     task = pool.task.model_dump_json()
-    asked = Instructions("tiny", round_index, 1, pool.version, "train", tuple(range(30)), 0, task)
+    asked = Instructions("tiny", round_index, 1, pool.version, "train", tuple(range(users)), 0, task)
     return Letter("train", asked, pool.to_bytes())
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> PopulationConfig:
+    """Two users with texts of their own, and a tiny model."""
+    folder = tmp_path_factory.mktemp("texts")
+    base = save_base(folder / "base")
+    for user in ("ann", "bob"):
+        (folder / "users" / user).mkdir(parents=True)
+        lines = (f"{user}, line {number}: {UNICODE_TEXT[number:]}" for number in range(40))
+        (folder / "users" / user / "diary.txt").write_text("".join(lines))
+    return PopulationConfig(name="texts", options={"data": str(folder / "users"), "base": str(base), "window": 8})
+
+
+def test_generations_and_trainings_do_not_touch_each_other(texts: PopulationConfig, tmp_path: Path) -> None:
+    config = parse(TaskConfig, {"pool": {"rank": 4}, "gate": {"budget": 2, "warmup": 0}, "local": {"steps": 20}})
+    alone, busy = (Node(NodeConfig(population=texts, state=tmp_path / name, block=1)) for name in ("a", "b"))
+    sections = alone.task(config).schema.sections
+    random = torch.Generator().manual_seed(0)
+    values = {name: 0.1 * torch.randn(spec.rows, spec.width, generator=random) for name, spec in sections.items()}
+    pool = PoolFile(0, values, config)
+    with (
+        closing(alone),
+        closing(busy),
+        AgentServer(AgentService(busy, Serving(busy)), tmp_path, UnixAddress(tmp_path / "agent.sock")) as server,
+        AgentClient(str(server.address), Credentials()) as client,
+        ThreadPoolExecutor(1) as aside,
+    ):
+        client.adopt(client.keep(pool.to_bytes(), SECONDS), SECONDS)
+        client.personalize("ann", SECONDS)
+
+        def text() -> str:
+            return "".join(client.generate("ann", "hello", SECONDS, max_tokens=8, temperature=1.0, seed=3))
+
+        undisturbed, beside, round_index = text(), 0, 0
+        while not beside:
+            round_index += 1
+            assert round_index < 100
+            training = aside.submit(client.answer, letter(pool, round_index, 2), SECONDS)
+            while not training.done():
+                assert text() == undisturbed
+                beside += not training.done()
+            assert training.result() == alone.answer(letter(pool, round_index, 2))
 
 
 def test_a_killed_agent_is_missed_and_comes_back_with_its_users(

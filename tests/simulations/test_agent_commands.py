@@ -7,23 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from typer.testing import CliRunner, Result
 
 from client.agent_security import TcpAddress, TlsFiles, UnixAddress
 from client.node import NodeConfig
 from federation.config import PopulationConfig
 from federation.errors import NodeError
-from simulations.agent_commands import agent, ask
-from simulations.cli import Commands, fedquilt
+from simulations.cli import app
 from tests.client.agents import MadeUp, agent_at
 
 TINY = Path(__file__).parent / "tiny.toml"
-
-app = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
-app.callback()(fedquilt)
-app.command()(agent)
-app.add_typer(ask, name="ask")
 
 
 def run(*arguments: object) -> Result:
