@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from federation.errors import ExchangeError, FedquiltError
+from federation.errors import ConfigError, ExchangeError, FedquiltError
 from federation.exchange import Answer, Letter, Refusal
 from federation.records import answer_record, letter_of
 
@@ -70,9 +70,13 @@ def _answer(message: Message, context: Context) -> Answer:
 
 
 def _by_agent(address: str, letter: Letter) -> Answer:
-    from client.agent_client import AgentClient
+    from client.agent.client import AgentClient
 
-    with AgentClient(address) as agent:
+    try:
+        agent = AgentClient(address)
+    except ConfigError as error:
+        return Refusal("no agent", f"node-config agent: {error}")
+    with agent:
         return agent.answer(letter, SECONDS)
 
 

@@ -69,7 +69,7 @@ class Levels:
     def rows(self) -> Tensor:
         """(U, k, width) float32."""
         values = self.levels_ukw.float()
-        return values if self.scale_uk is None else values * self.scale_uk.float()[..., None]
+        return values if self.scale_uk is None else values.mul_(self.scale_uk.float()[..., None])
 
 
 def quantise(sections: Mapping[str, Section], formats: Mapping[str, RowFormat]) -> dict[str, Section]:

@@ -17,7 +17,7 @@ import typer
 from federation.errors import ConfigError
 
 if TYPE_CHECKING:
-    from client.agent_client import AgentClient
+    from client.agent.client import AgentClient
     from client.node import NodeConfig
 
 ask = typer.Typer(no_args_is_help=True)
@@ -62,7 +62,7 @@ def agent(
     Runs until SIGTERM or Ctrl-C. On 127.0.0.1:PORT callers need the token that is in --state; beyond loopback both
     sides need certificates.
     """
-    from client.agent_security import check_protected, listening_address, tls_files
+    from client.agent.security import check_protected, listening_address, tls_files
 
     tls = tls_files({"--tls-cert": tls_cert, "--tls-key": tls_key, "--tls-ca": tls_ca})
     address = listening_address(listen, state)
@@ -70,7 +70,7 @@ def agent(
     population = _population(experiment, {"data": data and str(data), "base": base, "window": window})
     config = _node_config(population, partition, state=state, block=block, precision=precision, device=device)
 
-    from client.agent import serve
+    from client.agent.process import serve
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("fedquilt").setLevel(logging.INFO)
@@ -216,7 +216,7 @@ def _node_config(population: dict[str, Any], partition: str, **settings: Any) ->
 
 @contextmanager
 def _agent(address: str) -> Iterator[AgentClient]:
-    from client.agent_client import AgentClient
+    from client.agent.client import AgentClient
 
     with AgentClient(address) as client:
         yield client

@@ -35,7 +35,7 @@ ONLY_IN = {
         "simulations/benchmarks/aggregation.py",
     },
     "pfl": {"simulations/benchmarks/peers/pfl.py"},
-    "grpc": {f"client/agent_{name}.py" for name in ("calls", "client", "pb2_grpc", "server")},
+    "grpc": {f"client/agent/{name}.py" for name in ("agent_pb2_grpc", "calls", "client", "server")},
 }
 NOT_ON_A_DEVICE = ("ray", "plotly", "tensorboard")
 
@@ -124,7 +124,7 @@ def test_what_passes_messages_to_an_agent_starts_without_torch() -> None:
     """Flower starts a process for every message: torch and the model would take most of a round."""
     code = """
 import json, sys
-import client.app, client.agent_client
+import client.app, client.agent.client
 print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
 """
     done = python(code, HOUSE)

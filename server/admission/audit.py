@@ -37,7 +37,7 @@ class AuditLog:
         self._append(_end_of_cut_line(path))
 
     def write(self, asked: Work, node: int | None, event: Event, reason: str, until: int | None = None) -> None:
-        """asked: the work in hand. node: None for the round as such. until: the last round that a node is left out of."""
+        """asked: the work in hand. node: None for the round itself. until: the last round to be left out of."""
         line = {
             "time": self._now().isoformat(timespec="seconds"),
             "round": asked.round_index,

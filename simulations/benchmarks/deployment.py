@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from client.agent_security import SOCKET_NAME
+from client.agent.security import SOCKET_NAME
 from federation.config import RunConfig, load_config
 from federation.experiments import experiment_path
 from federation.pool.spec import SECTION_PREFIX

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from client.agent_security import SOCKET_NAME
+from client.agent.security import SOCKET_NAME
 from client.evaluate import user_losses
 from client.node import Node, NodeConfig
 from federation import keys

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from client.agent_security import SOCKET_NAME
+from client.agent.security import SOCKET_NAME
 from federation.errors import RunError
 from server.live.history import read_history
 from simulations.deployment import START_SECONDS, Deployment

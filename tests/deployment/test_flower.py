@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from client.agent_security import SOCKET_NAME
+from client.agent.security import SOCKET_NAME
 from federation import keys
 from federation.config import load_config
 from federation.experiments import experiment_path

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from client.agent_security import TcpAddress, TlsFiles, UnixAddress
+from client.agent.security import TcpAddress, TlsFiles, UnixAddress
 from client.node import NodeConfig
 from federation.config import PopulationConfig
 from federation.errors import NodeError
 from simulations.cli import app
-from tests.client.agents import MadeUp, agent_at
+from tests.client.agent.devices import MadeUp, agent_at
 
 TINY = Path(__file__).parent / "tiny.toml"
 
@@ -36,7 +36,7 @@ def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MadeUp]:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What an agent would have been started with."""
     calls: list[Any] = []
-    monkeypatch.setattr("client.agent.serve", lambda config, address, tls, say: calls.append((config, address, tls)))
+    monkeypatch.setattr("client.agent.process.serve", lambda config, address, tls, say: calls.append((config, address, tls)))
     return calls
 
 

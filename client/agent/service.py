@@ -1,4 +1,4 @@
-"""The calls of `agent.proto`, as those of a node and of what it serves. Errors become statuses in `agent_calls.py`."""
+"""The calls of `agent.proto`, as those of a node and of what it serves. Errors become statuses in `calls.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from client import agent_pb2 as pb
-from client.agent_messages import (
+from client.agent import agent_pb2 as pb
+from client.agent.messages import (
     check_size,
     contribution_parts,
     description_message,
@@ -16,7 +16,7 @@ from client.agent_messages import (
     joined,
     measures_message,
 )
-from client.agent_turns import Turns
+from client.agent.turns import Turns
 from federation.errors import ExchangeError, NodeError
 from federation.exchange import Answer, Contribution, Description, Letter, Measures, Refusal
 

@@ -11,11 +11,11 @@ from typing import Any, Self, cast
 
 import grpc
 
-from client import agent_pb2 as pb
-from client import agent_pb2_grpc
-from client.agent_calls import STATUSES
-from client.agent_messages import chunks, contribution_of, description_of, instructions_message, measures_of
-from client.agent_security import (
+from client.agent import agent_pb2 as pb
+from client.agent import agent_pb2_grpc
+from client.agent.calls import STATUSES
+from client.agent.messages import chunks, contribution_of, description_of, instructions_message, measures_of
+from client.agent.security import (
     TOKEN_HEADER,
     TOKEN_NAME,
     Address,

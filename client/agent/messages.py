@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from client import agent_pb2 as pb
+from client.agent import agent_pb2 as pb
 from federation.errors import ExchangeError
 from federation.exchange import Contribution, Description, Instructions, Measures, Work
 

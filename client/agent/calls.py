@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from client.agent_security import TOKEN_HEADER, same_token
+from client.agent.security import TOKEN_HEADER, same_token
 from federation.errors import FedquiltError, NodeError
 from federation.exchange import Fault
 

@@ -21,20 +21,20 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from client import agent_pb2 as pb
-from client import agent_pb2_grpc
-from client.agent_client import AgentClient
-from client.agent_messages import instructions_message
-from client.agent_security import Credentials, TlsFiles, UnixAddress
-from client.agent_server import SERVICE_NAME, AgentServer
+from client.agent import agent_pb2 as pb
+from client.agent import agent_pb2_grpc
+from client.agent.client import AgentClient
+from client.agent.messages import instructions_message
+from client.agent.security import Credentials, TlsFiles, UnixAddress
+from client.agent.server import SERVICE_NAME, AgentServer
 from client.serving import Forgotten, Personalised, Rebased, Scored, ServingStatus
 from federation.errors import ConfigError, FedquiltError, NodeError, StoreError
 from federation.exchange import FAULTS, Contribution, Instructions, Letter, Refusal
 from federation.keys import CA, certificate, certificate_key, make_keys
-from tests.client import agents
-from tests.client.agents import SECONDS, MadeUp, agent_at
+from tests.client.agent import devices as agents
+from tests.client.agent.devices import SECONDS, MadeUp, agent_at
 
-HOUSE = Path(__file__).parents[2]
+HOUSE = Path(__file__).parents[3]
 ASKED = Instructions("fed", 3, 2, "r2-00ff", "train", (0, 2), 1, '{"seed": 4}')
 
 
@@ -101,7 +101,7 @@ def test_payloads_beyond_grpcs_limit_of_a_message_travel_whole(client: AgentClie
 def test_a_pool_that_is_too_large_is_not_sent(
     client: AgentClient, device: MadeUp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("client.agent_messages.MOST_BYTES", 4)
+    monkeypatch.setattr("client.agent.messages.MOST_BYTES", 4)
     answer = client.answer(Letter("train", ASKED, b"a pool"), SECONDS)
     assert isinstance(answer, Refusal)
     assert (answer.fault, answer.message[:42]) == ("failed", "a payload has at most 4 bytes, got 6; use ")
@@ -581,9 +581,9 @@ def test_a_client_imports_nothing_heavy() -> None:
     code = f"""
 import json, sys
 sys.path.insert(0, {str(HOUSE)!r})
-import client.agent_client
+import client.agent.client
 from federation.exchange import Letter
-client.agent_client.AgentClient("unix:/nowhere").answer(Letter("describe"), 1.0)
+client.agent.client.AgentClient("unix:/nowhere").answer(Letter("describe"), 1.0)
 print(json.dumps(sorted({{name.split(".")[0] for name in sys.modules}})))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")

@@ -13,10 +13,10 @@ import grpc
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from client import agent_pb2_grpc
-from client.agent_calls import CallRules
-from client.agent_security import Address, TcpAddress, TlsFiles, UnixAddress, check_protected, new_token, private_files
-from client.agent_service import AgentService
+from client.agent import agent_pb2_grpc
+from client.agent.calls import CallRules
+from client.agent.security import Address, TcpAddress, TlsFiles, UnixAddress, check_protected, new_token, private_files
+from client.agent.service import AgentService
 from federation.errors import ConfigError
 
 CALLS = 16

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from queue import SimpleQueue
 
-from client.agent_security import Address, TlsFiles, check_protected, private_files, sole_agent
-from client.agent_server import AgentServer, work_alone
-from client.agent_service import AgentService
+from client.agent.security import Address, TlsFiles, check_protected, private_files, sole_agent
+from client.agent.server import AgentServer, work_alone
+from client.agent.service import AgentService
 from client.node import Node, NodeConfig
 from client.serving import Serving
 

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from client.agent_security import TlsFiles, parse_address
-from client.agent_server import AgentServer
-from client.agent_service import AgentService
+from client.agent.security import TlsFiles, parse_address
+from client.agent.server import AgentServer
+from client.agent.service import AgentService
 from client.serving import Forgotten, Personalised, Rebased, Scored, ServingStatus
 from federation.exchange import Answer, Contribution, Description, Letter, Measures
 

@@ -1,35 +1,33 @@
-from collections.abc import Iterable as _Iterable
-from collections.abc import Mapping as _Mapping
-from typing import ClassVar as _ClassVar
-
+from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from google.protobuf.internal import containers as _containers
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Chunk(_message.Message):
-    __slots__ = ("data", "total_bytes")
+    __slots__ = ("total_bytes", "data")
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     total_bytes: int
     data: bytes
-    def __init__(self, total_bytes: int | None = ..., data: bytes | None = ...) -> None: ...
+    def __init__(self, total_bytes: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Version(_message.Message):
     __slots__ = ("version",)
     VERSION_FIELD_NUMBER: _ClassVar[int]
     version: str
-    def __init__(self, version: str | None = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ...) -> None: ...
 
 class File(_message.Message):
     __slots__ = ("path",)
     PATH_FIELD_NUMBER: _ClassVar[int]
     path: str
-    def __init__(self, path: str | None = ...) -> None: ...
+    def __init__(self, path: _Optional[str] = ...) -> None: ...
 
 class Instructions(_message.Message):
-    __slots__ = ("attempt", "durable_round", "federation", "positions", "round_index", "split", "task", "version")
+    __slots__ = ("federation", "round_index", "attempt", "version", "split", "positions", "durable_round", "task")
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     ROUND_INDEX_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -46,20 +44,10 @@ class Instructions(_message.Message):
     positions: _containers.RepeatedScalarFieldContainer[int]
     durable_round: int
     task: str
-    def __init__(
-        self,
-        federation: str | None = ...,
-        round_index: int | None = ...,
-        attempt: int | None = ...,
-        version: str | None = ...,
-        split: str | None = ...,
-        positions: _Iterable[int] | None = ...,
-        durable_round: int | None = ...,
-        task: str | None = ...,
-    ) -> None: ...
+    def __init__(self, federation: _Optional[str] = ..., round_index: _Optional[int] = ..., attempt: _Optional[int] = ..., version: _Optional[str] = ..., split: _Optional[str] = ..., positions: _Optional[_Iterable[int]] = ..., durable_round: _Optional[int] = ..., task: _Optional[str] = ...) -> None: ...
 
 class Work(_message.Message):
-    __slots__ = ("attempt", "federation", "round_index", "version")
+    __slots__ = ("federation", "round_index", "attempt", "version")
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     ROUND_INDEX_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -68,60 +56,47 @@ class Work(_message.Message):
     round_index: int
     attempt: int
     version: str
-    def __init__(
-        self,
-        federation: str | None = ...,
-        round_index: int | None = ...,
-        attempt: int | None = ...,
-        version: str | None = ...,
-    ) -> None: ...
+    def __init__(self, federation: _Optional[str] = ..., round_index: _Optional[int] = ..., attempt: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
 
 class ContributionPart(_message.Message):
-    __slots__ = ("chunk", "head")
+    __slots__ = ("head", "chunk")
     HEAD_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     head: ContributionHead
     chunk: Chunk
-    def __init__(
-        self, head: ContributionHead | _Mapping | None = ..., chunk: Chunk | _Mapping | None = ...
-    ) -> None: ...
+    def __init__(self, head: _Optional[_Union[ContributionHead, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
 
 class ContributionHead(_message.Message):
-    __slots__ = ("users", "work")
+    __slots__ = ("work", "users")
     class UsersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: str
         value: int
-        def __init__(self, key: str | None = ..., value: int | None = ...) -> None: ...
-
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     WORK_FIELD_NUMBER: _ClassVar[int]
     USERS_FIELD_NUMBER: _ClassVar[int]
     work: Work
     users: _containers.ScalarMap[str, int]
-    def __init__(
-        self, work: Work | _Mapping | None = ..., users: _Mapping[str, int] | None = ...
-    ) -> None: ...
+    def __init__(self, work: _Optional[_Union[Work, _Mapping]] = ..., users: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class Measures(_message.Message):
-    __slots__ = ("measured", "sums", "users", "work")
+    __slots__ = ("work", "users", "measured", "sums")
     class UsersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: str
         value: int
-        def __init__(self, key: str | None = ..., value: int | None = ...) -> None: ...
-
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     class SumsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: str
         value: float
-        def __init__(self, key: str | None = ..., value: float | None = ...) -> None: ...
-
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     WORK_FIELD_NUMBER: _ClassVar[int]
     USERS_FIELD_NUMBER: _ClassVar[int]
     MEASURED_FIELD_NUMBER: _ClassVar[int]
@@ -130,28 +105,21 @@ class Measures(_message.Message):
     users: _containers.ScalarMap[str, int]
     measured: int
     sums: _containers.ScalarMap[str, float]
-    def __init__(
-        self,
-        work: Work | _Mapping | None = ...,
-        users: _Mapping[str, int] | None = ...,
-        measured: int | None = ...,
-        sums: _Mapping[str, float] | None = ...,
-    ) -> None: ...
+    def __init__(self, work: _Optional[_Union[Work, _Mapping]] = ..., users: _Optional[_Mapping[str, int]] = ..., measured: _Optional[int] = ..., sums: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("order", "release", "software", "users", "versions")
+    __slots__ = ("users", "order", "versions", "release", "software")
     class UsersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: str
         value: int
-        def __init__(self, key: str | None = ..., value: int | None = ...) -> None: ...
-
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     USERS_FIELD_NUMBER: _ClassVar[int]
     ORDER_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
@@ -162,23 +130,16 @@ class Description(_message.Message):
     versions: _containers.RepeatedScalarFieldContainer[str]
     release: str
     software: str
-    def __init__(
-        self,
-        users: _Mapping[str, int] | None = ...,
-        order: int | None = ...,
-        versions: _Iterable[str] | None = ...,
-        release: str | None = ...,
-        software: str | None = ...,
-    ) -> None: ...
+    def __init__(self, users: _Optional[_Mapping[str, int]] = ..., order: _Optional[int] = ..., versions: _Optional[_Iterable[str]] = ..., release: _Optional[str] = ..., software: _Optional[str] = ...) -> None: ...
 
 class User(_message.Message):
     __slots__ = ("user",)
     USER_FIELD_NUMBER: _ClassVar[int]
     user: str
-    def __init__(self, user: str | None = ...) -> None: ...
+    def __init__(self, user: _Optional[str] = ...) -> None: ...
 
 class Personalised(_message.Message):
-    __slots__ = ("loss_after", "loss_before", "personal_bytes", "steps", "version")
+    __slots__ = ("version", "steps", "personal_bytes", "loss_before", "loss_after")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     PERSONAL_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -189,17 +150,10 @@ class Personalised(_message.Message):
     personal_bytes: int
     loss_before: float
     loss_after: float
-    def __init__(
-        self,
-        version: str | None = ...,
-        steps: int | None = ...,
-        personal_bytes: int | None = ...,
-        loss_before: float | None = ...,
-        loss_after: float | None = ...,
-    ) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., steps: _Optional[int] = ..., personal_bytes: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ...) -> None: ...
 
 class Prompt(_message.Message):
-    __slots__ = ("max_tokens", "seed", "temperature", "text", "user")
+    __slots__ = ("user", "text", "max_tokens", "temperature", "seed")
     USER_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -210,70 +164,51 @@ class Prompt(_message.Message):
     max_tokens: int
     temperature: float
     seed: int
-    def __init__(
-        self,
-        user: str | None = ...,
-        text: str | None = ...,
-        max_tokens: int | None = ...,
-        temperature: float | None = ...,
-        seed: int | None = ...,
-    ) -> None: ...
+    def __init__(self, user: _Optional[str] = ..., text: _Optional[str] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Text(_message.Message):
     __slots__ = ("text",)
     TEXT_FIELD_NUMBER: _ClassVar[int]
     text: str
-    def __init__(self, text: str | None = ...) -> None: ...
+    def __init__(self, text: _Optional[str] = ...) -> None: ...
 
 class Writing(_message.Message):
-    __slots__ = ("text", "user")
+    __slots__ = ("user", "text")
     USER_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     user: str
     text: str
-    def __init__(self, user: str | None = ..., text: str | None = ...) -> None: ...
+    def __init__(self, user: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
 
 class Scored(_message.Message):
-    __slots__ = ("bits_per_char", "nats_per_token", "tokens")
+    __slots__ = ("tokens", "nats_per_token", "bits_per_char")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     NATS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     BITS_PER_CHAR_FIELD_NUMBER: _ClassVar[int]
     tokens: int
     nats_per_token: float
     bits_per_char: float
-    def __init__(
-        self,
-        tokens: int | None = ...,
-        nats_per_token: float | None = ...,
-        bits_per_char: float | None = ...,
-    ) -> None: ...
+    def __init__(self, tokens: _Optional[int] = ..., nats_per_token: _Optional[float] = ..., bits_per_char: _Optional[float] = ...) -> None: ...
 
 class Forgotten(_message.Message):
-    __slots__ = ("cannot_undo", "federations", "had_values")
+    __slots__ = ("had_values", "federations", "cannot_undo")
     HAD_VALUES_FIELD_NUMBER: _ClassVar[int]
     FEDERATIONS_FIELD_NUMBER: _ClassVar[int]
     CANNOT_UNDO_FIELD_NUMBER: _ClassVar[int]
     had_values: bool
     federations: int
     cannot_undo: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(
-        self,
-        had_values: bool | None = ...,
-        federations: int | None = ...,
-        cannot_undo: _Iterable[str] | None = ...,
-    ) -> None: ...
+    def __init__(self, had_values: _Optional[bool] = ..., federations: _Optional[int] = ..., cannot_undo: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RebaseRequest(_message.Message):
-    __slots__ = ("margin", "user", "version")
+    __slots__ = ("version", "user", "margin")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     USER_FIELD_NUMBER: _ClassVar[int]
     MARGIN_FIELD_NUMBER: _ClassVar[int]
     version: str
     user: str
     margin: float
-    def __init__(
-        self, version: str | None = ..., user: str | None = ..., margin: float | None = ...
-    ) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., user: _Optional[str] = ..., margin: _Optional[float] = ...) -> None: ...
 
 class Rebased(_message.Message):
     __slots__ = ("moved", "stayed")
@@ -281,22 +216,21 @@ class Rebased(_message.Message):
     STAYED_FIELD_NUMBER: _ClassVar[int]
     moved: int
     stayed: int
-    def __init__(self, moved: int | None = ..., stayed: int | None = ...) -> None: ...
+    def __init__(self, moved: _Optional[int] = ..., stayed: _Optional[int] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class ServingStatus(_message.Message):
-    __slots__ = ("disk_bytes", "forgotten", "personalised", "release", "users", "versions")
+    __slots__ = ("users", "personalised", "forgotten", "release", "versions", "disk_bytes")
     class UsersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: str
         value: int
-        def __init__(self, key: str | None = ..., value: int | None = ...) -> None: ...
-
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     USERS_FIELD_NUMBER: _ClassVar[int]
     PERSONALISED_FIELD_NUMBER: _ClassVar[int]
     FORGOTTEN_FIELD_NUMBER: _ClassVar[int]
@@ -309,12 +243,4 @@ class ServingStatus(_message.Message):
     release: str
     versions: _containers.RepeatedScalarFieldContainer[str]
     disk_bytes: int
-    def __init__(
-        self,
-        users: _Mapping[str, int] | None = ...,
-        personalised: int | None = ...,
-        forgotten: int | None = ...,
-        release: str | None = ...,
-        versions: _Iterable[str] | None = ...,
-        disk_bytes: int | None = ...,
-    ) -> None: ...
+    def __init__(self, users: _Optional[_Mapping[str, int]] = ..., personalised: _Optional[int] = ..., forgotten: _Optional[int] = ..., release: _Optional[str] = ..., versions: _Optional[_Iterable[str]] = ..., disk_bytes: _Optional[int] = ...) -> None: ...

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from client.agent_turns import Turns
+from client.agent.turns import Turns
 from federation.errors import NodeError
 
 SECONDS = 30.0

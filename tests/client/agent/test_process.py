@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from client.agent_client import AgentClient
-from client.agent_security import Credentials, UnixAddress, sole_agent
-from client.agent_server import AgentServer
-from client.agent_service import AgentService
+from client.agent.client import AgentClient
+from client.agent.security import Credentials, UnixAddress, sole_agent
+from client.agent.server import AgentServer
+from client.agent.service import AgentService
 from client.node import Node, NodeConfig
 from client.serving import Serving
 from federation.config import PopulationConfig, RunConfig, TaskConfig, parse
@@ -28,7 +28,7 @@ from federation.pool.file import PoolFile
 from tests.bases import UNICODE_TEXT, save_base
 from tests.simulations.tiny import tiny_config, tiny_setup
 
-HOUSE = Path(__file__).parents[2]
+HOUSE = Path(__file__).parents[3]
 SECONDS = 60.0
 """More than loading torch takes on a busy machine."""
 COMMAND = "from simulations.cli import main; main()"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from client.agent_security import (
+from client.agent.security import (
     Credentials,
     TcpAddress,
     TlsFiles,

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client import agent_messages as messages
-from client import agent_pb2 as pb
+from client.agent import agent_pb2 as pb
+from client.agent import messages
 from federation.errors import ExchangeError
 from federation.exchange import Contribution, Description, Instructions, Measures, Work
 

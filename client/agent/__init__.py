@@ -1,0 +1,1 @@
+"""The resident agent: owns a device's data, states and model, and answers over gRPC."""
