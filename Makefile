@@ -39,6 +39,8 @@ bench: $(VENV)/.bench
 	$(BIN)/fedquilt bench population --out runs/bench
 	$(BIN)/fedquilt bench workers --out runs/bench
 	$(BIN)/fedquilt bench pipeline --out runs/bench
+	$(BIN)/fedquilt bench deployment --out runs/bench
+	$(BIN)/fedquilt bench endurance --out runs/bench
 	$(BIN)/fedquilt simulate million --out runs/bench-million
 	cp runs/bench/*.json simulations/results/
 	cp runs/bench-million/record.json simulations/results/million.json

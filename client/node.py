@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
@@ -57,6 +57,10 @@ from federation.streams import Streams, UserIds
 from federation.update import Schema, Values
 
 STORE_SHARDS = 4
+
+
+def _always() -> bool:
+    return True
 
 
 class NodeConfig(Settings):
@@ -103,26 +107,29 @@ class Node:
 
     # What a server asks for
 
-    def answer(self, letter: Letter) -> Answer:
-        """What the node says to a letter. What it cannot do it refuses; errors that nobody foresaw are raised."""
+    def answer(self, letter: Letter, wanted: Callable[[], bool] = _always) -> Answer:
+        """What the node says to a letter. What it cannot do it refuses; errors that nobody foresaw are raised.
+
+        wanted: whether someone waits for the answer still, asked between blocks of users.
+        """
         try:
             if letter.pool is not None:
                 self.keep(letter.pool)
-            return self._answer(letter)
+            return self._answer(letter, wanted)
         except NodeError as error:
             return Refusal(cast(Fault, error.fault), str(error))
         except FedquiltError as error:
             return Refusal("failed", str(error))
 
-    def _answer(self, letter: Letter) -> Answer:
+    def _answer(self, letter: Letter, wanted: Callable[[], bool]) -> Answer:
         if letter.kind == "describe":
             return self.describe()
         if letter.instructions is None:
             raise NodeError("failed", f"a letter to {letter.kind} needs instructions, got none; send them")
         if letter.kind == "train":
-            return self.train(letter.instructions)
+            return self.train(letter.instructions, wanted)
         if letter.kind == "evaluate":
-            return self.evaluate(letter.instructions)
+            return self.evaluate(letter.instructions, wanted)
         self.adopt(letter.instructions.version)
         return self.describe()
 
@@ -140,7 +147,7 @@ class Node:
         """Serves this version from now on. Raises NodeError unless it is kept."""
         self._pools.adopt(version)
 
-    def train(self, instructions: Instructions) -> Contribution:
+    def train(self, instructions: Instructions, wanted: Callable[[], bool] = _always) -> Contribution:
         """A round's work for some of the node's users. The same instructions give the same bytes.
 
         Raises NodeError for what the node has not, or while it is busy; StoreError when users cannot be read or kept.
@@ -151,16 +158,16 @@ class Node:
             begin_round(store, instructions.round_index, instructions.durable_round)
             state = RoundState(values, instructions.round_index, instructions.version)
             payloads: list[bytes] = []
-            for block in self._blocks(ids):
+            for block in self._blocks(ids, wanted):
                 payloads += train_block(task, state, store, self, block)
             return Contribution(instructions.work, self._users.counts, join(payloads))
 
-    def evaluate(self, instructions: Instructions) -> Measures:
+    def evaluate(self, instructions: Instructions, wanted: Callable[[], bool] = _always) -> Measures:
         """Sums over some of the node's users of `client/evaluate.py`'s losses. Nothing is kept. Raises as `train`."""
         with self._alone():
             ids, task, values = self._work(instructions)
             sums = dict.fromkeys(MEASURES, 0.0)
-            for block in self._blocks(ids):
+            for block in self._blocks(ids, wanted):
                 with making_tensors_on(self.device):
                     losses = user_losses(task, values, self, block)
                 for name, loss_u in losses.items():
@@ -277,8 +284,12 @@ class Node:
         _check_values(values, task.schema, version)
         return moved(values, self.device)
 
-    def _blocks(self, ids: UserIds) -> list[UserIds]:
-        return [ids[start : start + self.config.block] for start in range(0, len(ids), self.config.block)]
+    def _blocks(self, ids: UserIds, wanted: Callable[[], bool]) -> Iterator[UserIds]:
+        """The users, block by block. Raises NodeError once nobody wants the work."""
+        for start in range(0, len(ids), self.config.block):
+            if not wanted():
+                raise NodeError("late", "nobody waits for this work any longer; ask again")
+            yield ids[start : start + self.config.block]
 
     def _store(self, federation: str, task: Task) -> UserStore:
         """The user store of a federation, opened once: LMDB lets a process open a shard once."""

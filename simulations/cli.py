@@ -25,7 +25,7 @@ from federation.experiments import experiment_path
 from federation.house import check_house
 from simulations.agent_commands import agent, ask
 from simulations.benchmarks.commands import bench
-from simulations.deployment_commands import deployment
+from simulations.deployment_commands import PANEL, deployment
 
 RUNS = Path("runs")
 CONTINUE = {"simulate": "; continue with --resume", "sweep": "; continue with the same command"}
@@ -75,8 +75,8 @@ def saying_warnings() -> Iterator[None]:
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(bench, name="bench", help="Measure speed on this machine.")
-app.command()(agent)
-app.add_typer(ask, name="ask", help="Ask the agent on a device.")
+app.command(rich_help_panel=PANEL)(agent)
+app.add_typer(ask, name="ask", help="Ask the agent on a device.", rich_help_panel=PANEL)
 app.add_typer(deployment)
 
 Experiment = Annotated[

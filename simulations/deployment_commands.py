@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from server.releases import Releases
 
 deployment = typer.Typer()
+PANEL = "On real devices"
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, deployed or simulated.")]
 ReleaseName = Annotated[str, typer.Argument(metavar="NAME", help="As 'fedquilt releases' lists it.")]
 
 
-@deployment.command()
+@deployment.command(rich_help_panel=PANEL)
 def release(
     run_folder: RunFolder,
     *,
@@ -53,7 +54,7 @@ def release(
     _say(f"promoted: {verdict.why}")
 
 
-@deployment.command(name="releases")
+@deployment.command(name="releases", rich_help_panel=PANEL)
 def list_releases(run_folder: RunFolder) -> None:
     """List the releases of a run, the current one marked with *."""
     from server.releases import Releases
@@ -65,7 +66,7 @@ def list_releases(run_folder: RunFolder) -> None:
         _say(f"{run_folder} has no releases yet; make one with `fedquilt release {run_folder}`")
 
 
-@deployment.command()
+@deployment.command(rich_help_panel=PANEL)
 def promote(run_folder: RunFolder, name: ReleaseName) -> None:
     """Make a release current, whatever its evaluation. The history says that it was by hand."""
     from server.releases import Releases
@@ -74,7 +75,7 @@ def promote(run_folder: RunFolder, name: ReleaseName) -> None:
     _say(f"current: {name}")
 
 
-@deployment.command()
+@deployment.command(rich_help_panel=PANEL)
 def rollback(
     run_folder: RunFolder,
     name: Annotated[
@@ -87,7 +88,7 @@ def rollback(
     _say(f"current: {Releases(run_folder).roll_back(name)}")
 
 
-@deployment.command()
+@deployment.command(rich_help_panel=PANEL)
 def keys(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder.")],
     *,

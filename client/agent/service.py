@@ -47,7 +47,7 @@ class AgentService:
     # For the federation
 
     def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.Description:
-        return description_message(self._answered(Letter("describe"), Description))
+        return description_message(self._answered(Letter("describe"), Description, context))
 
     def Keep(self, request_iterator: Iterator[pb.Chunk], context: Any) -> pb.Version:
         return pb.Version(version=self._node.keep(joined(request_iterator)))
@@ -62,12 +62,12 @@ class AgentService:
 
     def Train(self, request: pb.Instructions, context: Any) -> Iterator[pb.ContributionPart]:
         with _turn(self._federated, context):
-            contribution = self._answered(Letter("train", instructions_of(request)), Contribution)
+            contribution = self._answered(Letter("train", instructions_of(request)), Contribution, context)
         yield from contribution_parts(contribution)
 
     def Evaluate(self, request: pb.Instructions, context: Any) -> pb.Measures:
         with _turn(self._federated, context):
-            return measures_message(self._answered(Letter("evaluate", instructions_of(request)), Measures))
+            return measures_message(self._answered(Letter("evaluate", instructions_of(request)), Measures, context))
 
     def Adopt(self, request: pb.Version, context: Any) -> pb.Description:
         self._node.adopt(request.version)
@@ -100,9 +100,9 @@ class AgentService:
     def Status(self, request: pb.StatusRequest, context: Any) -> pb.ServingStatus:
         return pb.ServingStatus(**vars(self._serving.status()))
 
-    def _answered(self, letter: Letter, kind: type[A]) -> A:
-        """The node's answer. Raises NodeError where it refuses."""
-        answer: Answer = self._node.answer(letter)
+    def _answered(self, letter: Letter, kind: type[A], context: Any) -> A:
+        """The node's answer. Raises NodeError where it refuses, and when the caller leaves before."""
+        answer: Answer = self._node.answer(letter, context.is_active)
         if isinstance(answer, Refusal):
             raise NodeError(answer.fault, answer.message)
         assert isinstance(answer, kind)

@@ -39,13 +39,12 @@ RUN_SECONDS = 1200.0
 @dataclass(frozen=True)
 class Measured:
     """Seconds of each counted round by side and number of nodes; bytes by name; MiB by number of replies; seconds of
-    `REPLIES` admissions by kind of rows, and the bytes of one."""
+    `REPLIES` admissions by kind of rows."""
 
     rounds: Mapping[str, Mapping[int, tuple[float, ...]]]
     sizes: Mapping[str, int]
     memory: Mapping[int, float | None]
     admission: Mapping[str, tuple[float, ...]]
-    admitted_bytes: int
 
     @property
     def line(self) -> dict[str, Any]:
@@ -68,7 +67,6 @@ class Measured:
             "seed": demo(2, 1).seed,
             "config": demo(2, 1).model_dump(mode="json", exclude={"evaluate"}),
             "users_per_node": USERS_PER_NODE,
-            "admitted_bytes": self.admitted_bytes,
             "rounds": {
                 side: {str(n): list(of) for n, of in by_nodes.items()} for side, by_nodes in self.rounds.items()
             },
@@ -83,8 +81,7 @@ def measure(nodes: Sequence[int], rounds: int, repetitions: int) -> Measured:
         by_side["empty_app"][count] = empty_rounds(count, rounds)
         by_side["agent"][count], sizes = federation_rounds(count, rounds, agents=True)
         by_side["embedded"][count], _ = federation_rounds(count, rounds, agents=False)
-    taken, admitted_bytes = admission(repetitions)
-    return Measured(by_side, sizes, {replies: memory(replies) for replies in (10, 500)}, taken, admitted_bytes)
+    return Measured(by_side, sizes, {replies: memory(replies) for replies in (10, 500)}, admission(repetitions))
 
 
 def demo(nodes: int, rounds: int) -> RunConfig:

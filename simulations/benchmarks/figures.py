@@ -62,7 +62,8 @@ FIGURES: Mapping[str, Mapping[str, str]] = {
         "download_bytes": "bytes down per node and version of the pool",
         "server_mib_10": "server's memory for 10 replies of 0.9 MB, MiB at most",
         "server_mib_500": "for 500 replies",
-        "admitted_per_second": "updates of 128 KiB admitted per second",
+        "admitted_per_second.fp32": "updates of 128 KiB admitted per second",
+        "admitted_per_second.int8": "the same rows as int8",
     },
     "run": {
         "users": "users with a stored state",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,36 +30,55 @@ from server.plan import Plan, Seat
 from server.round import Rules
 from simulations.benchmarks.aggregation import POOL
 from simulations.benchmarks.clock import in_turns, one_thread
+from simulations.compute.environment import WORKER_ENVIRONMENT
 from simulations.compute.memory import private_memory, total
 from strategies.means import MaskedMean
 
 LIMITS = Limits({"pool": 1e6, "gate": 1e6})
 REPLIES, BLOCK = 512, 32
-KINDS: Mapping[Kind, int] = {"fp32": 480, "int8": 1900}
-"""The width of a row with which an update of 8 units of 8 modules and a gate has 128 KiB."""
+KINDS: tuple[Kind, ...] = ("fp32", "int8")
+"""The same rows: 8 units of 8 modules and a gate, 128 KiB as fp32, 39 KiB as int8."""
 
-_MODULES, _RANK, _BUDGET, _GATE = 8, 32, 8, 2000
+_MODULES, _RANK, _BUDGET, _WIDTH, _GATE = 8, 32, 8, 480, 2000
 _CONFIG = RunConfig.model_validate({"gate": {"policy": "all"}, "compute": {"block": 8}})
 
 
-def admission(repetitions: int) -> tuple[dict[str, tuple[float, ...]], int]:
-    """Seconds for `REPLIES` replies by the kind of their rows, on one thread; and the bytes of the largest update.
+def admission(repetitions: int) -> dict[str, tuple[float, ...]]:
+    """Seconds for `REPLIES` replies by the kind of their rows, on one thread, in a process that keeps freed memory.
 
-    For each: its frames split, its digest taken, then in blocks decoded, checked and clipped; what is left is lifting.
+    For each: its digest taken, its frames split, then in blocks decoded, checked and clipped; what is left is lifting.
     """
-    payloads = {kind: _update_of_128_kib(kind) for kind in KINDS}
-    sides = {kind: lambda kind=kind: _admit_all(_schema(kind), payloads[kind]) for kind in KINDS}
+    taken: dict[str, list[float]] = _in_a_process(f"admit_in_turns({repetitions})", WORKER_ENVIRONMENT)
+    return {kind: tuple(seconds) for kind, seconds in taken.items()}
+
+
+def admit_in_turns(repetitions: int) -> None:
+    """Prints the seconds of each kind and repetition."""
+    payloads = {kind: _update(_schema(), kind, ("support_loss",), seed=0) for kind in KINDS}
+    sides = {kind: partial(_admit_all, _schema(), payloads[kind]) for kind in KINDS}
     with one_thread():
-        taken = in_turns(sides, repetitions)
-    return {str(kind): seconds for kind, seconds in taken.items()}, max(map(len, payloads.values()))
+        print(json.dumps(in_turns(sides, repetitions)))
 
 
 def memory(replies: int) -> float | None:
     """The most private memory, in MiB, of a process that takes in so many replies of 0.9 MB each."""
-    code = f"from simulations.benchmarks.intake import take_in; take_in({replies})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
-    found: float | None = json.loads(done.stdout)
-    return found
+    most: float | None = _in_a_process(f"take_in({replies})", {})
+    return most
+
+
+def _in_a_process(call: str, environment: Mapping[str, str]) -> Any:
+    """What a call of one of these functions prints."""
+    code = f"from simulations.benchmarks import intake; intake.{call}"
+    return json.loads(
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=600,
+        ).stdout
+    )
 
 
 def take_in(replies: int) -> None:
@@ -79,14 +101,10 @@ def take_in(replies: int) -> None:
     print(json.dumps(most or None))
 
 
-def _schema(kind: Kind) -> Schema:
-    row = {"down": KINDS[kind] // 2, "up": KINDS[kind] // 2}
+def _schema() -> Schema:
+    row = {"down": _WIDTH // 2, "up": _WIDTH // 2}
     modules = {f"pool/{j}": SectionSpec(_RANK, row, _BUDGET) for j in range(_MODULES)}
     return Schema({**modules, "gate": SectionSpec(1, {"phi": _GATE}, 1)})
-
-
-def _update_of_128_kib(kind: Kind) -> bytes:
-    return _update(_schema(kind), kind, ("support_loss",), seed=0)
 
 
 def _update(schema: Schema, kind: Kind, metrics: Sequence[str], seed: int) -> bytes:

@@ -223,6 +223,21 @@ def test_the_same_instructions_twice_give_the_same_bytes(tmp_path: Path) -> None
     assert_same(states(tmp_path, config, np.arange(8)), before)
 
 
+def test_work_that_nobody_waits_for_stops_between_blocks_and_may_be_asked_for_again(tmp_path: Path) -> None:
+    config, pool = config_of(), pool_of(config_of())
+    asked = ask(pool, range(6), 1)
+    with opened(config, tmp_path / "calm", pool) as node:
+        undisturbed = node.train(asked).payload
+    with opened(config_of("compute.block=2"), tmp_path / "left", pool) as node:
+        patience = iter([True, True, False])
+        left = node.answer(Letter("train", asked), lambda: next(patience))
+        assert left == Refusal("late", "nobody waits for this work any longer; ask again")
+        assert isinstance(node.answer(Letter("evaluate", asked), lambda: False), Refusal)
+    assert visits(tmp_path / "left", *range(6)) == [1, 1, 1, 1, 0, 0]
+    with opened(config, tmp_path / "left") as node:
+        assert node.train(asked).payload == undisturbed
+
+
 def test_a_round_that_is_done_again_forgets_what_the_server_gave_up(tmp_path: Path) -> None:
     """Also of users who are not asked again: their later states rest on values that no checkpoint holds."""
     config, pool = config_of(), pool_of(config_of())

@@ -36,7 +36,9 @@ def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MadeUp]:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What an agent would have been started with."""
     calls: list[Any] = []
-    monkeypatch.setattr("client.agent.process.serve", lambda config, address, tls, say: calls.append((config, address, tls)))
+    monkeypatch.setattr(
+        "client.agent.process.serve", lambda config, address, tls, say: calls.append((config, address, tls))
+    )
     return calls
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ class MadeUp:
         self.error: Exception | None = None
         self.closed = threading.Event()
 
-    def answer(self, letter: Letter) -> Answer:
+    def answer(self, letter: Letter, wanted: Callable[[], bool] = lambda: True) -> Answer:
         self._note(letter)
+        self.wanted = wanted
         if letter.kind == "describe":
             return self.described
         assert letter.instructions is not None

@@ -68,6 +68,7 @@ def asked_aside(action: Callable[[], Any]) -> Future[Any]:
 def test_letters_are_answered_as_by_the_node_itself(client: AgentClient, device: MadeUp) -> None:
     letters = [Letter("describe"), Letter("train", ASKED), Letter("evaluate", ASKED)]
     answers = [client.answer(letter, SECONDS) for letter in letters]
+    assert not device.wanted()  # any longer: the call is over
     assert device.asked == letters
     assert answers == [device.answer(letter) for letter in letters]
     assert client.describe(SECONDS) == device.described
@@ -265,7 +266,7 @@ def test_a_nodes_own_refusal_of_a_letter_arrives_too(
     client: AgentClient, device: MadeUp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusal = Refusal("lacks version", "this node does not keep it; send it with the instructions")
-    monkeypatch.setattr(device, "answer", lambda letter: refusal)
+    monkeypatch.setattr(device, "answer", lambda letter, wanted: refusal)
     for letter in (Letter("train", ASKED), Letter("evaluate", ASKED), Letter("describe")):
         assert client.answer(letter, SECONDS) == refusal
 
