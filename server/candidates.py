@@ -11,8 +11,8 @@ from federation.config import RunConfig, identity, parse
 from federation.errors import RunError
 from federation.pool.file import PoolFile
 from server import checkpoint
+from server.history import read_history
 from server.live.folder import CHECKPOINTS_NAME, CONFIG_NAME, EVALUATIONS_NAME
-from server.live.history import read_history
 from server.promotion import Evaluation
 from server.releases import Candidate
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,8 @@ from federation.cohorts import draw_cohort
 from federation.config import identity
 from federation.data.population import as_array
 from federation.errors import FedquiltWarning, RunError
-from federation.files import write_file
 from federation.streams import UserIds
-from server import checkpoint
+from server import checkpoint, history
 from server.round import ServerState, close, from_checkpoint, to_parts
 from simulations.compute.memory import largest, private_memory, total
 from simulations.compute.placement import Shard
@@ -89,7 +86,7 @@ def federate(
         state = setup.begin()
         _save(state, checkpoints, started_as)
     _on_store(workers, setup, users_folder, UserStore.rewind, state.round_index)
-    history = _History(folder, state.round_index)
+    reports = history.History(folder / HISTORY_NAME, state.round_index)
     started, replaced = time.perf_counter(), workers.replaced
     try:
         for round_index in range(state.round_index + 1, federation.rounds + 1):
@@ -98,7 +95,7 @@ def federate(
             ended = time.perf_counter()
             finished = _finished(round_index, report, ended - started, object_store_mib, workers.replaced - replaced)
             started, replaced = ended, workers.replaced  # so a checkpoint's time counts in the round after it
-            history.add(finished)  # before its checkpoint: a resume drops the rounds that it does again
+            reports.add(finished)  # before its checkpoint: a resume drops the rounds that it does again
             state = after
             if round_index % federation.checkpoint_every == 0 or round_index == federation.rounds:
                 _save(state, checkpoints, started_as)
@@ -126,35 +123,9 @@ def load_state(setup: Setup, folder: Path) -> ServerState:
     return from_checkpoint(last_checkpoint(folder), setup.rules)
 
 
-class _History:
-    """One JSON line per finished round. Rounds that are done again after a resume are written again."""
-
-    def __init__(self, folder: Path, finished_rounds: int) -> None:
-        kept = [line for line in read_history(folder) if line["round_index"] <= finished_rounds]
-        self._path = folder / HISTORY_NAME
-        with self._writing():
-            write_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-
-    def add(self, report: RoundReport) -> None:
-        with self._writing(), self._path.open("a") as file:
-            file.write(json.dumps(asdict(report)) + "\n")
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RunError(
-                f"{self._path} cannot be written ({error}); free space or mend the folder, then resume"
-            ) from error
-
-
 def read_history(folder: Path) -> list[dict[str, Any]]:
     """The finished rounds of a federation, as `RoundReport`s; without a last line that a kill cut short."""
-    path = folder / HISTORY_NAME
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return history.read_history(folder / HISTORY_NAME)
 
 
 def _one_round(

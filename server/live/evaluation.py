@@ -10,7 +10,7 @@ from itertools import islice
 
 from federation.exchange import MEASURES, Answer, Instructions, Measures, Refusal
 from server.live.errand import Errand
-from server.live.history import EvaluationLine, means
+from server.live.lines import EvaluationLine, means
 from server.live.session import Head, Session
 
 """What nodes measure of each user."""

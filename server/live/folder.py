@@ -2,7 +2,7 @@
 
 config.json         its `RunConfig`
 checkpoints/        the state of record (`server/checkpoint.py`)
-rounds.jsonl        a line for each finished round (`server/live/history.py`)
+rounds.jsonl        a line for each finished round (`server/history.py`)
 evaluations.jsonl   a line for each evaluation
 audit.jsonl         `server/admission/audit.py`
 releases/           `server/releases.py`
@@ -23,7 +23,7 @@ from federation.errors import RunError
 from federation.files import write_file
 from server import checkpoint
 from server.admission.audit import AuditLog
-from server.live.history import History
+from server.history import History
 from server.round import Rules, ServerState, from_checkpoint, to_parts
 
 CONFIG_NAME, CHECKPOINTS_NAME, AUDIT_NAME = "config.json", "checkpoints", "audit.jsonl"

@@ -22,7 +22,7 @@ from server.live.announcing import Announcer
 from server.live.clock import REAL_TIME, Clock
 from server.live.evaluation import evaluate
 from server.live.folder import AUDIT_NAME, Record, StateFolder, opened
-from server.live.history import RoundLine
+from server.live.lines import RoundLine
 from server.live.roster import Roster
 from server.live.session import Session
 from server.live.training import Try, try_round

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from federation.exchange import Refusal
 from server.admission.intake import Intake, Outcome
 from server.live.errand import Errand
-from server.live.history import RoundLine, means
+from server.live.lines import RoundLine, means
 from server.live.session import Head, Session
 from server.plan import Plan, plan_round
 

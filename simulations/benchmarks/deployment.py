@@ -26,8 +26,8 @@ from federation.config import RunConfig, load_config
 from federation.experiments import experiment_path
 from federation.pool.spec import SECTION_PREFIX
 from server.checkpoint import load_latest
+from server.history import read_history
 from server.live.folder import CHECKPOINTS_NAME, ROUNDS_NAME
-from server.live.history import read_history
 from simulations.benchmarks.intake import REPLIES, admission, memory
 from simulations.deployment import START_SECONDS, Deployment
 

@@ -26,8 +26,8 @@ from federation.data.population import as_array
 from federation.experiments import experiment_path
 from federation.update import Values
 from server.checkpoint import load_latest
+from server.history import read_history
 from server.live.folder import CHECKPOINTS_NAME, EVALUATIONS_NAME, ROUNDS_NAME
-from server.live.history import read_history
 from simulations.deployment import START_SECONDS, Deployment
 from simulations.statistics import Floats, clustered_error
 

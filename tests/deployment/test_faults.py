@@ -12,7 +12,7 @@ from torch import Tensor
 
 from client.agent.security import SOCKET_NAME
 from federation.errors import RunError
-from server.live.history import read_history
+from server.history import read_history
 from simulations.deployment import START_SECONDS, Deployment
 from tests.deployment.conftest import CHANGES, differing, final_values
 

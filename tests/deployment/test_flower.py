@@ -12,7 +12,7 @@ from client.agent.security import SOCKET_NAME
 from federation import keys
 from federation.config import load_config
 from federation.experiments import experiment_path
-from server.live.history import read_history
+from server.history import read_history
 from simulations.deployment import START_SECONDS, Deployment
 from tests.deployment.conftest import CHANGES, configuration, differing, final_values
 from tests.simulations.tiny import simulate

@@ -13,7 +13,8 @@ from federation.errors import CheckpointError, RunError
 from federation.pool.file import PoolFile
 from server import checkpoint
 from server.candidates import deployed_candidate, is_deployed
-from server.live.history import EvaluationLine, History
+from server.history import History
+from server.live.lines import EvaluationLine
 
 CONFIG = RunConfig(seed=5)
 

@@ -15,7 +15,7 @@ from federation.cohorts import draw_cohort
 from federation.config import RunConfig
 from federation.exchange import Answer, Contribution, Letter, Work
 from federation.streams import Streams
-from server.live.history import read_history
+from server.history import read_history
 from server.live.loop import federate
 from server.round import Rules, ServerState, begin, close, lift, rules_of
 from tests.server.admission.replies import SCHEMA, bits, config_of

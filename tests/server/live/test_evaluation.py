@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from federation.exchange import MEASURES, Answer, Description, Letter, Measures, Refusal, Work
+from server.history import read_history
 from server.live.evaluation import dealt
-from server.live.history import read_history
 from tests.server.live.fake_nodes import FakeNodes, sums_of
 from tests.server.live.small_federation import (
     fake_nodes,

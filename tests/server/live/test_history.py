@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from federation.errors import RunError
-from server.live.history import EvaluationLine, History, means, read_history
+from server.history import History, read_history
+from server.live.lines import EvaluationLine, means
 
 
 def line(round_index: int) -> EvaluationLine:

@@ -17,8 +17,8 @@ from federation.errors import RunError
 from federation.exchange import Answer, Letter
 from server import checkpoint
 from server.checkpoint import checksum, load_latest, rounds
+from server.history import History, read_history
 from server.live.folder import StateFolder
-from server.live.history import History, read_history
 from server.live.loop import RoundLine
 from tests.server.live.fake_nodes import FakeNodes
 from tests.server.live.small_federation import (
