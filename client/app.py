@@ -5,16 +5,19 @@ without one it loads the model each time, which is enough to begin with.
 
 Node-config, all optional:
 
-    agent           address of the agent: unix:/path/agent.sock, or host:port
-    data, base      the users' texts and the model (see `federation/data/texts.py`); else the experiment's population
+    agent           address of the agent: unix:/path/agent.sock, or host:port; the keys below are for nodes without
+    data, base, window
+                    the users' texts, the model, and tokens per example (see `federation/data/texts.py`)
     partition-id, num-partitions
-                    which part of the population's users this node holds
+                    which part of the users of one of our experiments this node holds, when it has no data
     state           folder for the users' states; by default one of its own in the user's state folder
+    block, device, precision
+                    how it computes, as the settings of `[compute]`
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -24,12 +27,14 @@ from federation.exchange import Answer, Letter, Refusal
 from federation.records import answer_record, letter_of
 
 if TYPE_CHECKING:
+    from flwr.app import UserConfig
+
     from client.node import NodeConfig
 
 app = ClientApp()
 
-SECONDS = 3600.0
-"""Longest that an agent may take for one letter; the server gives up on a node earlier."""
+MOST_SECONDS = 86_400.0
+"""An agent's calls last at most a day."""
 
 
 @app.train()
@@ -66,10 +71,12 @@ def _answer(message: Message, context: Context) -> Answer:
     except ExchangeError as error:
         return Refusal("failed", str(error))
     address = context.node_config.get("agent")
-    return _by_agent(str(address), letter) if address else _in_this_process(letter, context)
+    if address:
+        return _by_agent(str(address), letter, min(message.metadata.ttl, MOST_SECONDS))
+    return _in_this_process(letter, context)
 
 
-def _by_agent(address: str, letter: Letter) -> Answer:
+def _by_agent(address: str, letter: Letter, seconds: float) -> Answer:
     from client.agent.client import AgentClient
 
     try:
@@ -77,7 +84,7 @@ def _by_agent(address: str, letter: Letter) -> Answer:
     except ConfigError as error:
         return Refusal("no agent", f"node-config agent: {error}")
     with agent:
-        return agent.answer(letter, SECONDS)
+        return agent.answer(letter, seconds)
 
 
 def _in_this_process(letter: Letter, context: Context) -> Answer:
@@ -97,28 +104,46 @@ def _in_this_process(letter: Letter, context: Context) -> Answer:
 
 
 def node_config(context: Context) -> NodeConfig:
-    """What a node without an agent works with. Raises ConfigError."""
-    import shlex
+    """What a node without an agent works with. What it reads is its owner's choice: nothing that the run says names it.
 
+    Raises ConfigError.
+    """
     from client.node import NodeConfig
-    from federation.config import load_config, parse
+    from federation.config import parse
     from federation.data.cache import state_dir
-    from federation.experiments import experiment_path
 
-    said, asked = context.node_config, context.run_config
-    config = load_config(experiment_path(str(asked["experiment"])), shlex.split(str(asked["set"])))
-    population = config.population.model_dump()
-    if "data" in said:
-        own = {key: said[key] for key in ("data", "base") if key in said}
-        options = population["options"] if population["name"] == "texts" else {}
-        population = {"name": "texts", "options": {**options, **own}}
-    settings = {
-        "population": population,
-        "state": said.get("state") or state_dir() / "nodes" / str(context.node_id),
+    said = context.node_config
+    whose = _own_users(said) if "data" in said or "base" in said else _experiments_users(context)
+    work: dict[str, Any] = {key: said[key] for key in ("block", "device", "precision") if key in said}
+    state = said.get("state") or state_dir() / "nodes" / str(context.node_id)
+    return parse(NodeConfig, {"state": state, **whose, **work})
+
+
+def _own_users(said: UserConfig) -> dict[str, Any]:
+    """All users of the node's own texts."""
+    missing = [key for key in ("data", "base") if key not in said]
+    if missing:
+        raise ConfigError(f"users' own texts need data and base in the node-config, {missing[0]} is missing; give both")
+    options = {key: said[key] for key in ("data", "base", "window") if key in said}
+    return {"population": {"name": "texts", "options": options}}
+
+
+def _experiments_users(context: Context) -> dict[str, Any]:
+    """A part of the users of the run's experiment, if it is one of ours."""
+    from federation.config import load_config
+    from federation.experiments import EXPERIMENTS
+
+    said, name = context.node_config, str(context.run_config["experiment"])
+    ours = {path.stem: path for path in EXPERIMENTS.glob("*.toml")}
+    if name not in ours:
+        raise ConfigError(
+            f"a node without an agent or data has the users of an experiment of ours ({', '.join(sorted(ours))}), this "
+            "run has one of its own; give data and base in the node-config, or start an agent"
+        )
+    config = load_config(ours[name])
+    return {
+        "population": config.population.model_dump(),
         "partition": said.get("partition-id", 0),
         "partitions": said.get("num-partitions", 1),
         "block": config.compute.block,
-        "device": config.compute.device,
-        "precision": config.compute.precision,
     }
-    return parse(NodeConfig, settings)

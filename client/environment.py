@@ -1,5 +1,7 @@
 """An LMDB environment of one tree, `RECORDS`, whose keys are users: made whole or not at all, checked when opened.
 
+It is its owner's alone.
+
 Its folder is made beside its place and renamed, so a folder that is there has held a whole environment: a file in it
 that is missing, empty or short is damage, never a beginning.
 """
@@ -15,6 +17,7 @@ from typing import Any
 import lmdb
 
 from client.pages import PageFault, check_pages, checked_metas
+from client.private import PRIVATE_FOLDER
 from federation.files import sync
 
 DATA_NAME = "data.mdb"
@@ -31,7 +34,7 @@ def make_environment(folder: Path, map_bytes: int, fill: Callable[[Any], None]) 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".partial-{folder.name}-", dir=folder.parent) as partial:
         whole = Path(partial) / folder.name
-        with lmdb.open(str(whole), map_size=map_bytes, max_dbs=1) as environment:
+        with lmdb.open(str(whole), map_size=map_bytes, max_dbs=1, mode=PRIVATE_FOLDER) as environment:
             environment.open_db(RECORDS)
             with environment.begin(write=True) as handle:
                 fill(handle)
@@ -51,7 +54,7 @@ def open_environment(folder: Path, map_bytes: int) -> tuple[Any, Any]:
     """
     data = data_file(folder)
     checked_metas(data)
-    environment = lmdb.open(str(folder), map_size=map_bytes, max_dbs=1, readahead=False)
+    environment = lmdb.open(str(folder), map_size=map_bytes, max_dbs=1, readahead=False, mode=PRIVATE_FOLDER)
     try:
         environment.reader_check()  # a killed reader's slot would keep old pages from being used again
         with environment.begin(write=True):  # which keeps other writers out

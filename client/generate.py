@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from federation.base import at_least_fp32, target_log_probs
 from federation.data.tokenizer import Tokenizer
-from federation.errors import ConfigError
+from federation.errors import ConfigError, NodeError
 from federation.pool.model import PooledModel
 
 _INCOMPLETE = "\ufffd"
@@ -62,7 +62,8 @@ def generate(
     rows: one user's, {section: (1, k, d_in + d_out)}; None for the base alone. prompt: see `fitting`. The stop token
     is not handed out. The same arguments give the same tokens.
 
-    Raises ConfigError for an empty prompt, and one that is longer than the model's context.
+    Raises ConfigError for an empty prompt, and one that is longer than the model's context. Raises NodeError when the
+    model computes no numbers.
     """
     context = context_of(model)
     if not prompt:
@@ -169,7 +170,15 @@ def _last_alone(module: nn.Module) -> dict[str, int]:
 
 
 def _chosen(logits_v: Tensor, temperature: float, generator: torch.Generator) -> int:
+    most = logits_v.max()
+    if not most.isfinite():
+        raise NodeError(
+            "failed",
+            f"a model's logits are numbers, the largest of a user's model is {float(most)}; personalise the user "
+            "again, or have another release served",
+        )
     if temperature == 0:
         return int(logits_v.argmax())
-    probabilities_v = torch.softmax(logits_v.double() / temperature, -1)
+    # The largest is taken off first: divided by a tiny temperature it would be infinite.
+    probabilities_v = torch.softmax((logits_v.double() - most) / temperature, -1)
     return int(torch.multinomial(probabilities_v, 1, generator=generator))

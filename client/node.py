@@ -25,15 +25,19 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from client.evaluate import user_losses
+from client.frozen import NodeModel
+from client.limits import TaskLimits
 from client.partition import OwnUsers
 from client.personal_store import PersonalStore
 from client.pools import Pools
+from client.private import private_folder
 from client.round import RoundState
-from client.store import MANIFEST_NAME, UserStore
+from client.store import UserStore
+from client.stores import UserStores
 from client.task import Task
 from client.training import begin_round, train_block, whole
 from federation.base import BaseModel
-from federation.config import PoolConfig, PopulationConfig, Precision, Settings, TaskConfig, parse
+from federation.config import PopulationConfig, Precision, Settings, TaskConfig, parse
 from federation.data.population import Batch, Part, Population
 from federation.data.registry import make_population
 from federation.devices import CPU, making_tensors_on, moved
@@ -49,14 +53,11 @@ from federation.exchange import (
     Measures,
     Refusal,
 )
+from federation.files import remove_leftovers
 from federation.frames import join
 from federation.pool.file import PoolFile
-from federation.pool.model import PooledModel
-from federation.precision import in_precision
 from federation.streams import Streams, UserIds
-from federation.update import Schema, Values
-
-STORE_SHARDS = 4
+from federation.update import Values
 
 
 def _always() -> bool:
@@ -73,6 +74,7 @@ class NodeConfig(Settings):
     block: PositiveInt = Field(16, description="users trained in one stacked computation (U)")
     device: Literal["cpu", "cuda", "auto"] = Field("cpu", description="auto: cuda where there is one")
     precision: Precision = Field("fp32", description="of forward and backward; rows stay fp32")
+    limits: TaskLimits = Field(TaskLimits(), description="the most that a server may ask of the device")
 
     @model_validator(mode="after")
     def _partition_is_one_of_them(self) -> Self:
@@ -90,20 +92,20 @@ class Node:
     undisturbed, since rows are bound to the context of a call. The model is loaded when it is first needed.
 
     personal: what is kept for its users. Raises ConfigError, PluginError or PopulationError for a population or a
-    device that is not there, PoolError or StoreError when the folder cannot be used.
+    device that is not there, or a folder that others may look into; PoolError or StoreError when it cannot be used.
     """
 
     def __init__(self, config: NodeConfig) -> None:
         self.config, self.device = config, _device(config.device)
         self.population: Population = make_population(config.population)
-        _make_private(config.state)
+        private_folder(config.state)
+        remove_leftovers(config.state)
         self._pools = Pools(config.state)
         self.personal = PersonalStore(config.state / "personal")
         self._users = self._own_users()
-        self._stores: dict[str, UserStore] = {}
-        self._base: BaseModel | None = None
-        self._wrapped: tuple[PoolConfig, PooledModel] | None = None
-        self._loading, self._working = threading.RLock(), threading.Lock()
+        self._stores = UserStores(config.state / "federations")
+        self._model = NodeModel(self.population.base_model, self.device, config.precision)
+        self._working = threading.Lock()
 
     # What a server asks for
 
@@ -144,7 +146,12 @@ class Node:
         return self._pools.keep(payload)
 
     def adopt(self, version: str) -> None:
-        """Serves this version from now on. Raises NodeError unless it is kept."""
+        """Serves this version from now on, once it is seen to fit the node's model, which is loaded for that.
+
+        Raises NodeError unless it is kept and can serve; otherwise as `task`.
+        """
+        pool = self.pool(version)
+        self._fitting(pool.task, pool)
         self._pools.adopt(version)
 
     def train(self, instructions: Instructions, wanted: Callable[[], bool] = _always) -> Contribution:
@@ -178,40 +185,24 @@ class Node:
 
     def base_model(self) -> BaseModel:
         """The frozen model, on the node's device. Rows that a caller binds are the caller's alone."""
-        with self._loading:
-            if self._base is None:
-                base = self.population.base_model()
-                base.module.to(self.device)
-                self._base = in_precision(base, self.config.precision)
-            return self._base
+        return self._model.base()
 
     def task(self, config: TaskConfig) -> Task:
         """A task on the node's model, whose layers are wrapped for the first one.
 
-        Raises NodeError for a task that wraps other layers than the first, or scales them otherwise.
+        Raises NodeError for a task that wraps other layers than the first, or scales them otherwise, and for one beyond
+        the owner's limits; PoolError for targets that are no linear layers.
         """
-        pool = config.pool
-        with self._loading:
-            if self._wrapped is None:
-                model = PooledModel.around(self.base_model(), pool.rank, pool.scale, pool.target_modules)
-                self._wrapped = pool, model
-            first, model = self._wrapped
-        wanted, has = (pool.scale, pool.target_modules), (first.scale, first.target_modules)
-        if wanted != has:
-            raise NodeError(
-                "failed",
-                f"a node's model is wrapped once, with pool.scale and pool.target_modules of {has}, the task has "
-                f"{wanted}; restart the node",
-            )
-        return Task(config, model.of_rank(pool.rank))
+        self.config.limits.check(config)
+        return self._model.task(config)
 
     def loaded(self, version: str) -> tuple[Task, Values]:
         """A pool that is kept, as the task that it was trained for and its values, on the node's device.
 
-        Raises NodeError for a pool that is not kept or does not fit the node's model.
+        Raises NodeError for a pool that is not kept or does not fit the node's model; otherwise as `task`.
         """
-        task = self.task(self.pool(version).task)
-        return task, self._values(task, version)
+        pool = self.pool(version)
+        return self._fitting(pool.task, pool), moved(pool.values, self.device)
 
     def pool(self, version: str) -> PoolFile:
         """A pool that is kept. Raises NodeError for others."""
@@ -235,6 +226,10 @@ class Node:
         """The id of one of the node's users. Raises NodeError for a name of nobody here; see `OwnUsers.id_of`."""
         return self._users.id_of(name)
 
+    def known_id(self, name: str) -> int:
+        """The id that a name stands for, whether or not the user's data is here. Raises NodeError where it is none."""
+        return self._users.known_id(name)
+
     def holds(self, user_id: int) -> bool:
         """Whether a user is one of the node's, and was not forgotten."""
         return self._users.holds(user_id)
@@ -242,20 +237,26 @@ class Node:
     def forget(self, user_id: int) -> tuple[bool, int]:
         """Removes what is kept of a user, who is left out from now on.
 
-        Returns whether there were personal values, and how many federations had trained the user. Raises NodeError
-        while the node is at work. Stopped half-way, it can be done again.
+        The user's data need not be here any longer. Returns whether there were personal values, and how many
+        federations had trained the user. Raises NodeError for a user of whom the node knows nothing, and while it is at
+        work. Stopped half-way, it can be done again.
         """
         with self._alone():
             ids = np.array([user_id], dtype=np.int64)
-            federations = sum(whole(store, partial(store.forget, ids)) for store in self._existing_stores())
+            federations = sum(whole(store, partial(store.forget, ids)) for store in self._stores.existing())
+            if not (federations or self.holds(user_id) or user_id in self.personal.users()):
+                raise NodeError(
+                    "unknown users",
+                    f"a user to forget is one of the node's, or one of whom it keeps something, {user_id} is neither; "
+                    "see how the name is written, or it was forgotten already",
+                )
             had_values = self.personal.forget(user_id)
             self._users = self._own_users()
             return had_values, federations
 
     def close(self) -> None:
         """Closes what is open, when no work is under way any longer. The node must not be used any more."""
-        for store in self._stores.values():
-            store.close()
+        self._stores.close()
         self.personal.close()
 
     # How the work is done
@@ -275,14 +276,14 @@ class Node:
     def _work(self, instructions: Instructions) -> tuple[UserIds, Task, Values]:
         """The users, the task and the values that instructions speak of, once they fit each other."""
         ids = self._users.at(instructions.split, instructions.positions)
-        self.pool(instructions.version)  # whether it is here, before a model is loaded for it
-        task = self.task(_task_config(instructions.task))
-        return ids, task, self._values(task, instructions.version)
+        pool = self.pool(instructions.version)  # whether it is here, before a model is loaded for it
+        task = self._fitting(_task_config(instructions.task), pool)
+        return ids, task, moved(pool.values, self.device)
 
-    def _values(self, task: Task, version: str) -> Values:
-        values = self.pool(version).values
-        _check_values(values, task.schema, version)
-        return moved(values, self.device)
+    def _fitting(self, config: TaskConfig, pool: PoolFile) -> Task:
+        """A task on the node's model, once the pool fits both."""
+        self.config.limits.check(config)
+        return self._model.task(config, pool)
 
     def _blocks(self, ids: UserIds, wanted: Callable[[], bool]) -> Iterator[UserIds]:
         """The users, block by block. Raises NodeError once nobody wants the work."""
@@ -292,20 +293,7 @@ class Node:
             yield ids[start : start + self.config.block]
 
     def _store(self, federation: str, task: Task) -> UserStore:
-        """The user store of a federation, opened once: LMDB lets a process open a shard once."""
-        layout = task.record_layout
-        if (store := self._stores.get(federation)) is None or store.layout != layout:
-            folder = self.config.state / "federations" / federation / "users"
-            store = self._stores[federation] = UserStore(folder, STORE_SHARDS, layout)
-        return store
-
-    def _existing_stores(self) -> Collection[UserStore]:
-        """The user stores of all federations that the node ever took part in."""
-        for manifest in self.config.state.glob(f"federations/*/users/{MANIFEST_NAME}"):
-            federation = manifest.parent.parent.name
-            if federation not in self._stores:
-                self._stores[federation] = UserStore.existing(manifest.parent)
-        return self._stores.values()
+        return self._stores.of(federation, task.record_layout)
 
 
 def software_version() -> str:
@@ -326,32 +314,11 @@ def _device(wanted: str) -> torch.device:
     return torch.device("cuda") if wanted != "cpu" and there else CPU
 
 
-def _make_private(folder: Path) -> None:
-    """What a node keeps says what its users are interested in: a folder that is made here is its owner's alone."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"state names a node's folder, {folder} cannot be made ({error}); give another") from error
-
-
 def _task_config(text: str) -> TaskConfig:
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise NodeError(
             "failed", f"a task is JSON, got {text[:80]!r} ({error}); is the server of this release?"
         ) from None
     return parse(TaskConfig, data)
-
-
-def _check_values(values: Values, schema: Schema, version: str) -> None:
-    """Refuses a pool that is not of the task: it came from outside, and shapes that broadcast would train nonsense."""
-    wanted = {name: ((spec.rows, spec.width), torch.float32) for name, spec in schema.sections.items()}
-    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in values.items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            raise NodeError(
-                "failed",
-                f"a pool holds what its task and model say, section {name!r} should be {wanted.get(name, 'absent')}, "
-                f"pool {version} has {found.get(name, 'none')}; do server and node use the same base model?",
-            )

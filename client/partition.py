@@ -24,6 +24,10 @@ class NamesUsers(Protocol):
         """The id of a user. Raises PopulationError for a name of nobody."""
         ...
 
+    def stored_id(self, name: str) -> int:
+        """The id of a user of this name, whose data need not be here any longer. Raises PopulationError."""
+        ...
+
 
 @dataclass(frozen=True)
 class OwnUsers:
@@ -65,11 +69,24 @@ class OwnUsers:
         """
         user_id = _named(self.population, name)
         if not self.holds(user_id):
-            raise NodeError(
-                "unknown users",
-                f"a user is one of this node's {self.counts}, {name[:80]!r} is none of them; name another",
-            )
+            raise self._none_of_them(name)
         return user_id
+
+    def known_id(self, name: str) -> int:
+        """The id that a name stands for, whether or not the user's data is here.
+
+        Raises NodeError for a name that stands for none.
+        """
+        user_id = _stored(self.population, name)
+        if user_id < 0:
+            raise self._none_of_them(name)
+        return user_id
+
+    def _none_of_them(self, name: str) -> NodeError:
+        return NodeError(
+            "unknown users",
+            f"a user is one of this node's {self.counts}, {name[:80]!r} is none of them; name another",
+        )
 
 
 def part_of(users: range | UserIds, part: int, parts: int) -> range | UserIds:
@@ -91,5 +108,18 @@ def _named(population: Population, name: str) -> int:
         with suppress(PopulationError):
             return population.id_of(name)
         return -1
-    digits = name.isascii() and name.isdecimal() and len(name) < 20  # more are no int64
-    return int(name) if digits else -1
+    return _in_digits(name)
+
+
+def _stored(population: Population, name: str) -> int:
+    """The id that a name stands for, -1 for none."""
+    if isinstance(population, NamesUsers):
+        with suppress(PopulationError):
+            return population.stored_id(name)
+        return -1
+    return _in_digits(name)
+
+
+def _in_digits(name: str) -> int:
+    digits = name.isascii() and name.isdecimal() and len(name) < 20
+    return int(name) if digits and int(name) < 2**63 else -1

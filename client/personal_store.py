@@ -27,7 +27,7 @@ from zlib import crc32
 import lmdb
 import numpy as np
 
-from client.environment import DAMAGE, DATA_NAME, make_environment, open_environment
+from client.environment import DAMAGE, make_environment, open_environment
 from federation.errors import StoreError
 from federation.streams import UserIds
 
@@ -101,12 +101,6 @@ class PersonalStore:
         """The pools that users' values refer to. Nothing of a value but this is looked at, damaged or not."""
         with self._transaction(write=False) as handle:
             return frozenset(_version(value) for _, value in handle.cursor() if value)
-
-    @property
-    def disk_bytes(self) -> int:
-        """What the store takes on the disk."""
-        with self._explained():
-            return (self._folder / DATA_NAME).stat().st_blocks * 512
 
     def close(self) -> None:
         """Closes what is open, when nothing uses it any longer. Using the store again opens it again."""

@@ -12,14 +12,15 @@ from __future__ import annotations
 import json
 import re
 import threading
-import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from federation.errors import FedquiltWarning, NodeError, PoolError
-from federation.files import remove_leftovers, write_file
+from client.private import PRIVATE_FILE, PRIVATE_FOLDER
+from federation.errors import NodeError, PoolError, PoolFormatError
+from federation.files import remove_leftovers, set_damaged_aside, write_file
 from federation.pool.file import PoolFile, pool_file
+from federation.warn import warn
 
 NEWEST = 3
 """How many versions are kept whatever refers to them: the head moves on, and a resumed server goes back a round."""
@@ -40,7 +41,7 @@ class Pools:
         self._lock = threading.RLock()
         self._decoded: dict[str, PoolFile] = {}
         with _using(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
             remove_leftovers(self._folder)
         self._release, self._pinned = _read_notes(self._notes)
 
@@ -64,7 +65,7 @@ class Pools:
         found = pool_file(payload)
         version = found.version
         with self._lock, _using(self._folder):
-            write_file(self._path(version), payload)
+            write_file(self._path(version), payload, PRIVATE_FILE)
             self._prune({version})
             self._remember(version, found)
         return version
@@ -72,7 +73,8 @@ class Pools:
     def read(self, version: str) -> PoolFile:
         """A pool that is kept.
 
-        Raises NodeError ("lacks version") for others. A damaged file is removed, with a warning, and lacking then.
+        Raises NodeError ("lacks version") for others. A damaged file is set aside, with a warning, and lacking then;
+        for one of another release of fedquilt, PoolFormatError is raised, and it stays.
         """
         with self._lock:
             if version not in self._decoded:
@@ -108,10 +110,12 @@ class Pools:
             found = pool_file(payload)
             if found.version != version:
                 raise PoolError(f"it holds {found.version}")
+        except PoolFormatError as error:
+            raise PoolFormatError(f"{path} stays as it is: {error}") from error
         except PoolError as error:
-            warnings.warn(FedquiltWarning(f"{path} is damaged ({error}); it is removed"), stacklevel=4)
             with _using(path):
-                path.unlink()
+                aside = set_damaged_aside(path)
+            warn(f"{path} is damaged ({error}); it is set aside as {aside.name}", stacklevel=3)
             raise _lacking(version) from error
         return found
 
@@ -124,10 +128,11 @@ class Pools:
         versions = self.versions
         for version in set(versions[:-NEWEST]) - {*needed, *self._pinned, self._release}:
             self._path(version).unlink()
+            self._decoded.pop(version, None)
 
     def _note(self, release: str, pinned: frozenset[str]) -> None:
         with _using(self._notes):
-            write_file(self._notes, json.dumps({"release": release, "pinned": sorted(pinned)}).encode())
+            write_file(self._notes, json.dumps({"release": release, "pinned": sorted(pinned)}).encode(), PRIVATE_FILE)
         self._release, self._pinned = release, pinned
 
 

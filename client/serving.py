@@ -1,4 +1,4 @@
-"""What a node does for the apps on its device: a personal model for each of its users, from the release in service.
+"""A personal model for each of a node's users, from the release in service; `writing.py` has them write.
 
 Rows that a user tuned are kept as a difference to the release that they were tuned on, which the node keeps for as
 long. A user without any is served by the mask that the release's policy proposes; before the first release, everyone
@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 import threading
-import warnings
-from collections.abc import Generator, Mapping
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from client.generate import Sampling, context_of, fitting, generate, log_probs, streamed_text
 from client.node import Node
 from client.personal import (
     active_rows,
@@ -32,9 +31,8 @@ from client.personal import (
 from client.personal_store import Kept
 from client.task import Task, row_format
 from federation.codec import decode_personal, encode_personal
-from federation.data.tokenizer import Tokenizer
 from federation.devices import making_tensors_on
-from federation.errors import CodecError, FedquiltWarning, NodeError, StoreError
+from federation.errors import CodecError, NodeError, StoreError
 from federation.pool.model import PooledModel
 from federation.pool.spec import PoolSpec
 from federation.streams import UserIds
@@ -59,15 +57,6 @@ class Personalised:
     personal_bytes: int
     loss_before: float
     loss_after: float
-
-
-@dataclass(frozen=True)
-class Scored:
-    """How well a text is foretold, from its second token on. tokens: how many that are."""
-
-    tokens: int
-    nats_per_token: float
-    bits_per_char: float
 
 
 @dataclass(frozen=True)
@@ -114,6 +103,7 @@ class Serving:
         self._node = node
         self._keeping = threading.Lock()
         self._masks: dict[tuple[int, str], Tensor] = {}
+        self._awaited: Counter[str] = Counter()
 
     def personalize(self, user: str) -> Personalised:
         """Tunes the user's rows on its support part, and keeps them.
@@ -121,22 +111,8 @@ class Serving:
         Raises NodeError before the first release, and when the tuning diverged: then nothing is kept.
         """
         user_id, version = self._node.user_id(user), self._release()
-        task, values = self._node.loaded(version)
-        ids, spec = _one(user_id), task.model.spec
-        with making_tensors_on(self._node.device):
-            active = active_rows(values, spec, policy_masks(task, values, self._node, ids))
-            personal = personal_values(task, active, tuning_of(task.config.personal), self._node, ids)
-        kept = Kept(version, _encoded(task, personal_sections(active, personal), version))
-        before = self._query_loss(task, active.rows, ids)
-        after = self._query_loss(task, _decoded(user, task, values, kept), ids)
-        if not math.isfinite(after):
-            raise NodeError(
-                "failed",
-                f"tuned rows give a finite loss, user {user!r} got {after}; the federation's personal.learning_rate "
-                f"({task.config.personal.learning_rate}) is too high: lower it. What the user had is as it was",
-            )
-        self._keep(user_id, kept)
-        return Personalised(version, task.config.personal.steps, len(kept.payload), before, after)
+        with self._pinned(version):
+            return self._personalize(user, user_id, version)
 
     def model_of(self, user: str) -> PersonalModel:
         """The user's personal model.
@@ -155,49 +131,17 @@ class Serving:
         mask_ug = self._proposed(user_id, version, task, values)
         return PersonalModel(task.model, active_rows(values, task.model.spec, mask_ug).rows)
 
-    def generate(
-        self, user: str, prompt: str, max_tokens: int, temperature: float = 0.0, seed: int = 0
-    ) -> Generator[str, None, None]:
-        """The text with which the user's model continues the prompt, piece by piece; see `Sampling`.
-
-        Of a prompt that is longer than the model's context, the end is used, with a warning. Raises NodeError when the
-        users' data are no text, ConfigError for an empty prompt or numbers out of range.
-        """
-        tokenizer = self._tokenizer()
-        sampling = Sampling(max_tokens, temperature, seed, getattr(tokenizer, "eos", None))
-        personal = self.model_of(user)
-        tokens = tokenizer.encode(prompt).tolist()
-        used = fitting(tokens, context_of(personal.model), max_tokens)
-        if len(used) < len(tokens):
-            warnings.warn(
-                FedquiltWarning(f"a prompt of {len(tokens)} tokens is too long: its last {len(used)} are used"),
-                stacklevel=2,
-            )
-        return streamed_text(tokenizer, used, generate(personal.model, personal.rows, used, sampling))
-
-    def score(self, user: str, text: str) -> Scored:
-        """How well the user's model foretells a text. Raises NodeError when it has less than two tokens, or the users'
-        data are no text."""
-        tokenizer = self._tokenizer()
-        personal = self.model_of(user)
-        tokens = tokenizer.encode(text)
-        if len(tokens) < 2:
-            raise NodeError("failed", f"a text is scored from its second token on, it has {len(tokens)}; give more")
-        nats = -float(log_probs(personal.model, personal.rows, tokens.tolist()).double().sum())
-        characters = int(tokenizer.characters(text, tokens)[1:].sum())
-        foretold = len(tokens) - 1
-        return Scored(foretold, nats / foretold, nats / math.log(2.0) / max(1, characters))
-
     def forget(self, user: str) -> Forgotten:
         """Removes what the node made of the user's data, and leaves the user out of all that it does from now on.
 
-        Raises NodeError while the node trains.
+        The data itself may be gone already. Raises NodeError while the node trains, and for a user of whom it has
+        neither data nor anything else.
         """
-        user_id = self._node.user_id(user)
+        user_id = self._node.known_id(user)
         with self._keeping:
             had_values, federations = self._node.forget(user_id)
             self._masks = {key: mask for key, mask in self._masks.items() if key[0] != user_id}
-            self._node.pin(self._node.personal.versions())
+            self._pin()
         return Forgotten(had_values, federations)
 
     def rebase(self, version: str, user: str | None = None, margin: float = 0.0) -> Rebased:
@@ -213,8 +157,9 @@ class Serving:
         values_of = {user_id: kept for user_id, kept in found if kept is not None}
         if user is not None and not values_of:
             raise NodeError("failed", f"user {user!r} has no personal values to rebase; personalise it first")
-        self._node.loaded(version)
-        moved = sum(self._moved(user_id, kept, version, margin) for user_id, kept in values_of.items())
+        with self._pinned(version):
+            self._node.loaded(version)
+            moved = sum(self._moved(user_id, kept, version, margin) for user_id, kept in values_of.items())
         return Rebased(moved, len(values_of) - moved)
 
     def status(self) -> ServingStatus:
@@ -233,6 +178,24 @@ class Serving:
             disk_bytes,
         )
 
+    def _personalize(self, user: str, user_id: int, version: str) -> Personalised:
+        task, values = self._node.loaded(version)
+        ids, spec = _one(user_id), task.model.spec
+        with making_tensors_on(self._node.device):
+            active = active_rows(values, spec, policy_masks(task, values, self._node, ids))
+            personal = personal_values(task, active, tuning_of(task.config.personal), self._node, ids)
+        kept = Kept(version, _encoded(task, personal_sections(active, personal), version))
+        before = self._query_loss(task, active.rows, ids)
+        after = self._query_loss(task, _decoded(user, task, values, kept), ids)
+        if not math.isfinite(after):
+            raise NodeError(
+                "failed",
+                f"tuned rows give a finite loss, user {user!r} got {after}; the federation's personal.learning_rate "
+                f"({task.config.personal.learning_rate}) is too high: lower it. What the user had is as it was",
+            )
+        self._keep(user_id, kept)
+        return Personalised(version, task.config.personal.steps, len(kept.payload), before, after)
+
     def _release(self) -> str:
         if not self._node.release:
             raise NodeError(
@@ -241,16 +204,6 @@ class Serving:
                 "`fedquilt release`, and let this node take part once more: it is told then",
             )
         return self._node.release
-
-    def _tokenizer(self) -> Tokenizer:
-        tokenizer: Tokenizer | None = getattr(self._node.population, "tokenizer", None)
-        if tokenizer is None:
-            raise NodeError(
-                "failed",
-                f"text is generated and scored for users of text, those of population {self._node.population.name!r} "
-                "have none; use its personal models from Python (`Serving.model_of`)",
-            )
-        return tokenizer
 
     def _referred(self, user: str, version: str) -> tuple[Task, Values]:
         """What a user's values refer to."""
@@ -269,16 +222,41 @@ class Serving:
             with making_tensors_on(self._node.device):
                 mask_ug = policy_masks(task, values, self._node, _one(user_id))
             with self._keeping:
-                newest = list(self._masks.items())[-(_REMEMBERED - 1) :]
-                self._masks = {**dict(newest), key: mask_ug}
+                if self._node.holds(user_id):  # else it was forgotten meanwhile
+                    newest = list(self._masks.items())[-(_REMEMBERED - 1) :]
+                    self._masks = {**dict(newest), key: mask_ug}
         return mask_ug
 
-    def _keep(self, user_id: int, kept: Kept) -> None:
-        """Stores a user's values. The pool that they refer to is pinned before, so that no kill leaves them alone."""
+    @contextmanager
+    def _pinned(self, version: str) -> Iterator[None]:
+        """Keeps a pool while values are made that will refer to it."""
         with self._keeping:
-            self._node.pin(self._node.personal.versions() | {kept.version})
+            self._awaited[version] += 1
+            self._pin()
+        try:
+            yield
+        finally:
+            with self._keeping:
+                self._awaited[version] -= 1
+                self._pin()
+
+    def _pin(self) -> None:
+        """Has the node keep the pools that values refer to, or are about to."""
+        self._node.pin(self._node.personal.versions() | (+self._awaited).keys())
+
+    def _keep(self, user_id: int, kept: Kept) -> None:
+        """Stores values whose pool is pinned, so that no kill leaves them alone.
+
+        Raises NodeError when that pool was lost meanwhile: then the user has what it had.
+        """
+        with self._keeping:
+            if kept.version not in self._node.describe().versions:
+                raise NodeError(
+                    "lacks version",
+                    f"personal values refer to a pool that the node keeps, {kept.version} is not kept any longer; "
+                    "nothing was changed, ask again for the release that is served now",
+                )
             self._node.personal.put(user_id, kept)
-            self._node.pin(self._node.personal.versions())
 
     def _with_values(self) -> list[int]:
         return [user_id for user_id in self._node.personal.users().tolist() if self._node.holds(user_id)]

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 from zlib import crc32
@@ -21,12 +21,11 @@ import numpy as np
 from client.environment import DAMAGE, DATA_NAME, data_file, make_environment, needed_bytes, open_environment
 from client.state import Histories, RecordFault, RecordLayout, user_keys
 from federation.errors import DamagedShardError, StoreError
-from federation.files import sync
+from federation.files import set_damaged_aside
 from federation.streams import UserIds
 
 NO_ROUND = -1
 _ROUNDS = b"rounds"
-_ASIDE = ".damaged-"
 _BATCH_USERS = 1 << 14
 _DAMAGE = (RecordFault, *DAMAGE)
 
@@ -98,7 +97,7 @@ class Transaction:
 
 
 class Shard:
-    """A shard in `folder`, which is made when first needed. Used from one process and one thread.
+    """A shard in `folder`, which is made when first needed. Used from one process, by one thread at a time.
 
     map_bytes: most bytes that it may take; address space, not disk, until used.
     """
@@ -155,14 +154,10 @@ class Shard:
         For one process at a time; others notice at their next transaction. Raises StoreError when it cannot be done.
         """
         self.close()
-        names = (self._folder.with_name(f"{self._folder.name}{_ASIDE}{number}") for number in count(1))
-        aside = next(path for path in names if not path.exists())
         try:
-            self._folder.rename(aside)
-            sync(aside.parent)
+            return set_damaged_aside(self._folder)
         except OSError as error:
             raise StoreError(f"{self.place} is damaged and cannot be renamed ({error}); rename it by hand") from error
-        return aside
 
     def close(self) -> None:
         """Closes what is open. Using the shard again opens it again."""

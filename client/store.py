@@ -30,6 +30,7 @@ from typing import Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from client.private import PRIVATE_FILE, PRIVATE_FOLDER
 from client.shard import NO_ROUND, Rounds, Shard, Transaction
 from client.state import FORMAT_VERSION, RecordLayout, UserBlock, join
 from federation.errors import DamagedShardError, StoreError
@@ -54,8 +55,8 @@ class UserStore:
     shards: S, fixed for the life of the store.
     map_bytes: most bytes that one shard may take; address space, not disk, until used.
 
-    Several processes may open one store, each with its own `UserStore` used from one thread; LMDB lets one at
-    a time write to a shard. A store that was used before a fork opens its shards anew in the child.
+    Several processes may open one store, each with its own `UserStore`, used by one thread at a time; LMDB
+    lets one process at a time write to a shard. A store that was used before a fork opens its shards anew in the child.
 
     Raises StoreError when the folder holds a store of another shape and, from every method, when a shard is full or
     cannot be used; DamagedShardError when its data is damaged.
@@ -68,7 +69,7 @@ class UserStore:
         _claim(folder, shards, layout)
 
     @classmethod
-    def existing(cls, folder: Path) -> Self:
+    def existing(cls, folder: Path, map_bytes: int = 1 << 34) -> Self:
         """The store that is in `folder`, of the shape that its manifest says. Raises StoreError where there is none."""
         path = folder / MANIFEST_NAME
         try:
@@ -76,7 +77,7 @@ class UserStore:
             shards, layout = int(found["shards"]), RecordLayout(**found["layout"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{path} is no manifest of a user store ({error!r}); restore it") from error
-        return cls(folder, shards, layout)
+        return cls(folder, shards, layout, map_bytes)
 
     def read(self, user_ids: UserIds, before_round: int) -> UserBlock:
         """Each user's newest state of a round before `before_round`, or a fresh one, in the order of the ids.
@@ -272,12 +273,12 @@ def _claim(folder: Path, shards: int, layout: RecordLayout) -> None:
     }
     path = folder / MANIFEST_NAME
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
         holds_shards = any(folder.glob("shard-*"))  # asked first: other processes may be creating the store
         if not path.exists():
             if holds_shards:
                 raise StoreError(f"{folder} holds shards but no {MANIFEST_NAME}; restore it, or use another folder")
-            write_file(path, json.dumps(wanted, indent=1).encode())
+            write_file(path, json.dumps(wanted, indent=1).encode(), PRIVATE_FILE)
         found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read or written ({error}); is this the folder of a user store?") from error

@@ -5,7 +5,6 @@ Doing it again changes nothing: a user's state of a round rests on the newest on
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
@@ -17,8 +16,8 @@ from client.task import Task
 from federation.codec import encode
 from federation.data.population import Examples
 from federation.devices import CPU, making_tensors_on, moved
-from federation.errors import FedquiltWarning
 from federation.streams import UserIds
+from federation.warn import warn
 
 T = TypeVar("T")
 
@@ -56,11 +55,8 @@ def whole(store: UserStore, action: Callable[[], T]) -> T:
     """What an action on the store gives; damaged shards are set aside, with a warning, and their users begin anew."""
     found, aside = mended(store, action)
     for shard in aside:
-        warnings.warn(
-            FedquiltWarning(
-                f"shard {shard} of the user store {store.folder} is damaged and was set aside "
-                f"(shard-{shard:04d}.damaged-..); its users begin anew"
-            ),
-            stacklevel=3,
+        warn(
+            f"shard {shard} of the user store {store.folder} is damaged and was set aside "
+            f"(shard-{shard:04d}.damaged-..); its users begin anew"
         )
     return found

@@ -196,12 +196,13 @@ class DeploymentConfig(Settings):
     join_seconds: PositiveFloat = Field(300.0, description="longest wait for these nodes")
     round_seconds: PositiveFloat = Field(600.0, description="a round's deadline; who has not answered is left out")
     quorum: float = Field(0.5, gt=0, le=1, description="least share of a round's users that must be admitted")
-    attempts: PositiveInt = Field(3, description="tries of a round below its quorum before the run ends")
+    attempts: PositiveInt = Field(3, description="tries of a round below its quorum, pauses between them")
     poll_seconds: PositiveFloat = Field(0.2, description="pause between looks for replies")
+    users_per_node: PositiveInt = Field(10_000, description="most users of a node; one that counts more is left out")
     replies: PositiveInt = Field(8, description="replies held at a time")
     max_update_mib: PositiveFloat = Field(16.0, description="largest update of one user")
     max_reply_mib: PositiveFloat = Field(256.0, description="largest reply of one node")
-    quarantine_rounds: PositiveInt = Field(10, description="rounds that a node with a bad reply is left out")
+    quarantine_rounds: PositiveInt = Field(10, description="rounds without a node that sent a bad reply")
     evaluate_every: int = Field(0, ge=0, description="rounds between evaluations; 0: after the last alone")
 
 

@@ -6,7 +6,8 @@ A message states the rule, the value, the place and the remedy.
     ├── ConfigError        a configuration that cannot be run (also a ValueError)
     ├── PopulationError    users or their data are not as asked
     ├── PoolError          rows or units do not belong to this pool
-    │   └── MaskError      a packed mask that is not one of this pool
+    │   ├── MaskError      a packed mask that is not one of this pool
+    │   └── PoolFormatError  a pool file of another release
     ├── CodecError         bytes that are not a valid update
     ├── StoreError         the user store is full, of another format, or cannot be used
     │   └── DamagedShardError  a shard's data is damaged
@@ -38,6 +39,10 @@ class PoolError(FedquiltError):
 
 class MaskError(PoolError):
     """A packed mask that is not one of this pool."""
+
+
+class PoolFormatError(PoolError):
+    """A pool file of another release of fedquilt: whole, as far as this one can tell."""
 
 
 class CodecError(FedquiltError):

@@ -13,6 +13,8 @@ from typing import Literal, get_args
 from federation.errors import ExchangeError
 
 FEDERATION_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+MOST_ROUNDS = 2**32 - 1
+"""The last round that there can be: stores keep a round in 32 bits."""
 
 Fault = Literal["lacks version", "unknown users", "busy", "no agent", "late", "failed"]
 """Why a node has no answer. "lacks version": send the pool with the instructions."""
@@ -43,15 +45,28 @@ class Instructions:
     task: str
 
     def __post_init__(self) -> None:
+        self._check_types()
         if not FEDERATION_NAME.fullmatch(self.federation):
-            raise ExchangeError(f"a federation's id matches {FEDERATION_NAME.pattern!r}, got {self.federation!r}")
-        if self.round_index < 0 or self.attempt < 1 or self.durable_round > self.round_index:
             raise ExchangeError(
-                f"rounds and attempts count upwards, got round {self.round_index}, attempt {self.attempt}, "
-                f"durable round {self.durable_round}; is the server of this version of fedquilt?"
+                f"a federation's id matches {FEDERATION_NAME.pattern!r}, got {self.federation[:80]!r}; give it another"
+            )
+        if not 0 <= self.durable_round <= self.round_index <= MOST_ROUNDS or self.attempt < 1:
+            raise ExchangeError(
+                f"rounds count from 0 to {MOST_ROUNDS}, attempts from 1, and a durable round is past, "
+                f"got round {self.round_index}, attempt {self.attempt}, durable round {self.durable_round}; "
+                "is the server of this version of fedquilt?"
             )
         if any(b <= a for a, b in zip((-1, *self.positions), self.positions)):
             raise ExchangeError("positions ascend from 0, got others; is the server of this version of fedquilt?")
+
+    def _check_types(self) -> None:
+        """They come from a message, where a field may hold anything."""
+        for name, kind in {"round_index": int, "attempt": int, "durable_round": int, "positions": tuple}.items():
+            _check_type(name, getattr(self, name), kind)
+        for name in ("federation", "version", "split", "task"):
+            _check_type(name, getattr(self, name), str)
+        for position in self.positions:
+            _check_type("positions", position, int)
 
     @property
     def work(self) -> Work:
@@ -83,7 +98,7 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Measures:
-    """A node's answer to an evaluation: sums over its users, nothing of one of them (unless it has but one).
+    """A node's answer to an evaluation: sums over the users that were asked for; of one user, if only one is asked.
 
     sums: of each metric, over `measured` users.
     """
@@ -134,3 +149,11 @@ MEASURES: tuple[str, ...] = ("base_loss", "mask_loss", "tuned_loss")
 """What a node measures: losses of the frozen model, under the user's mask, and with rows tuned for the user."""
 
 Answer = Contribution | Measures | Description | Refusal
+
+
+def _check_type(name: str, value: object, kind: type) -> None:
+    if type(value) is not kind:
+        raise ExchangeError(
+            f"instructions' {name} are made of {kind.__name__}, got {type(value).__name__} {str(value)[:80]!r}; "
+            "is the server of this version of fedquilt?"
+        )

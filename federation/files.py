@@ -14,15 +14,20 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 _TEMPORARY_PREFIX = ".partial-"
 
 
-def write_file(path: Path, payload: bytes) -> None:
-    """Write or replace a file; readers see the old content or the new one, never a part."""
+def write_file(path: Path, payload: bytes, mode: int = 0o666) -> None:
+    """Write or replace a file; readers see the old content or the new one, never a part.
+
+    mode: who may open it, less what the process's umask takes away.
+    """
     temporary = _temporary_sibling(path)
     try:
+        temporary.touch(mode)
         temporary.write_bytes(payload)
         sync(temporary)
         temporary.replace(path)
@@ -70,6 +75,15 @@ def remove_leftovers(parent: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+def set_damaged_aside(path: Path) -> Path:
+    """Renames a damaged file or folder, so that its place is free, and returns its new name. Nothing is deleted."""
+    names = (path.with_name(f"{path.name}.damaged-{number}") for number in count(1))
+    aside = next(name for name in names if not name.exists())
+    path.rename(aside)
+    sync(aside.parent)
+    return aside
 
 
 def sync(path: Path) -> None:

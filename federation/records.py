@@ -7,6 +7,8 @@ taking the bytes for numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
+from reprlib import repr as brief
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MessageType, RecordDict
@@ -31,6 +33,9 @@ MESSAGE_TYPES: Mapping[LetterKind, str] = {
     "train": MessageType.TRAIN,
     "evaluate": MessageType.EVALUATE,
 }
+SPLITS = ("train", "new")
+MOST_VERSIONS, LONGEST_NAME, LONGEST_MESSAGE = 64, 64, 300
+"""What is kept of a node's words. Of its versions the last ones: nodes name the newest last."""
 _FIELDS, _BYTES, _STYPE = "fedquilt", "payload", "fedquilt.bytes"
 
 
@@ -40,7 +45,7 @@ def letter_record(letter: Letter) -> RecordDict:
     fields: dict[str, Any] = {"kind": letter.kind}
     if asked is not None:
         fields |= {**vars(asked), "positions": list(asked.positions)}
-    return _record(fields, letter.pool)
+    return _record(fields, None if letter.pool is None else _pool_array(letter.pool))
 
 
 def letter_of(record: RecordDict) -> Letter:
@@ -64,7 +69,7 @@ def answer_record(answer: Answer) -> RecordDict:
     """An answer as the content of a reply."""
     match answer:
         case Contribution(work, users, payload):
-            return _record({"answer": "contribution", **vars(work), **_counted("users", users)}, payload)
+            return _record({"answer": "contribution", **vars(work), **_counted("users", users)}, _array(payload))
         case Measures(work, users, measured, sums):
             named = {**_counted("users", users), **_counted("sums", sums)}
             return _record({"answer": "measures", **vars(work), "measured": measured, **named})
@@ -80,11 +85,13 @@ def answer_of(record: RecordDict) -> Answer:
     fields, payload = _read(record)
     read = _ANSWERS.get(str(fields.get("answer")))
     if read is None:
-        raise ExchangeError(f"an answer is one of {', '.join(_ANSWERS)}, got {fields.get('answer')!r}")
+        raise ExchangeError(f"an answer is one of {', '.join(_ANSWERS)}, got {brief(fields.get('answer'))}")
     try:
         return read(fields, payload)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ExchangeError(f"an answer of the fields {sorted(fields)} is not as agreed ({error!r})") from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ExchangeError(
+            f"an answer of the fields {brief(sorted(fields))} is not as agreed ({brief(error)})"
+        ) from error
 
 
 def _contribution(fields: Mapping[str, Any], payload: bytes | None) -> Contribution:
@@ -99,14 +106,16 @@ def _measures(fields: Mapping[str, Any], payload: bytes | None) -> Measures:
 
 
 def _description(fields: Mapping[str, Any], payload: bytes | None) -> Description:
-    versions, order = tuple(map(str, fields["versions"])), int(fields["order"])
-    return Description(_counts(fields), order, versions, str(fields["release"]), str(fields["software"]))
+    versions = tuple(_name(version) for version in fields["versions"][-MOST_VERSIONS:])
+    return Description(
+        _counts(fields), int(fields["order"]), versions, _name(fields["release"]), _name(fields["software"])
+    )
 
 
 def _refusal(fields: Mapping[str, Any], payload: bytes | None) -> Refusal:
     if fields["fault"] not in FAULTS:
         raise ExchangeError(f"a fault is one of {', '.join(FAULTS)}, got another")
-    return Refusal(fields["fault"], str(fields["message"]))
+    return Refusal(fields["fault"], str(fields["message"])[:LONGEST_MESSAGE])
 
 
 _ANSWERS: Mapping[str, Callable[[Mapping[str, Any], bytes | None], Answer]] = {
@@ -119,7 +128,7 @@ _ANSWERS: Mapping[str, Callable[[Mapping[str, Any], bytes | None], Answer]] = {
 
 def _work(fields: Mapping[str, Any]) -> Work:
     rounds = int(fields["round_index"]), int(fields["attempt"])
-    return Work(str(fields["federation"]), *rounds, str(fields["version"]))
+    return Work(_name(fields["federation"]), *rounds, _name(fields["version"]))
 
 
 def _counted(name: str, numbers: Mapping[str, float]) -> dict[str, Any]:
@@ -128,24 +137,39 @@ def _counted(name: str, numbers: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _counts(fields: Mapping[str, Any]) -> dict[str, int]:
-    counts = dict(zip(map(str, fields["users"]), map(int, fields["users_values"]), strict=True))
+    """Of the splits that servers ask for; others are passed over."""
+    said = dict(zip(fields["users"], fields["users_values"], strict=True))
+    counts = {split: int(said[split]) for split in SPLITS if split in said}
     if any(count < 0 for count in counts.values()):
         raise ExchangeError("a node has at least no users, got a negative number")
     return counts
 
 
-def _record(fields: dict[str, Any], payload: bytes | None = None) -> RecordDict:
+def _name(said: Any) -> str:
+    """Cut where no name of ours would be as long."""
+    return str(said)[:LONGEST_NAME]
+
+
+def _record(fields: dict[str, Any], arrays: ArrayRecord | None = None) -> RecordDict:
     content = RecordDict({_FIELDS: ConfigRecord(fields)})
-    if payload is not None:
-        content[_BYTES] = ArrayRecord({_BYTES: Array("uint8", (len(payload),), _STYPE, payload)})
+    if arrays is not None:
+        content[_BYTES] = arrays
     return content
+
+
+def _array(payload: bytes) -> ArrayRecord:
+    return ArrayRecord({_BYTES: Array("uint8", (len(payload),), _STYPE, payload)})
+
+
+_pool_array = lru_cache(maxsize=1)(_array)
+"""One record for all nodes that are sent the same pool: Flower keeps the pieces that it is cut into."""
 
 
 def _read(record: RecordDict) -> tuple[dict[str, Any], bytes | None]:
     """The fields, and the bytes if there are any."""
     extra = set(record) - {_FIELDS, _BYTES}
     if extra or not isinstance(record.get(_FIELDS), ConfigRecord):
-        raise ExchangeError(f"a message has the records {_FIELDS!r} and {_BYTES!r}, got {sorted(record)}")
+        raise ExchangeError(f"a message has the records {_FIELDS!r} and {_BYTES!r}, got {brief(sorted(record))}")
     arrays = record.get(_BYTES)
     if arrays is None:
         return dict(record[_FIELDS]), None

@@ -52,9 +52,10 @@ def initial_values(pool: PoolSpec, gate: GateSpec, schema: Schema, streams: Stre
 
 
 def version_of(values: Values, round_index: int) -> str:
-    """A name for these values: the round and a digest of their bytes."""
+    """A name for these values: the round and a digest of their names, dtypes, shapes and bytes."""
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(values):
-        digest.update(name.encode())
-        digest.update(values[name].contiguous().numpy().tobytes())
+        rows = values[name].contiguous().numpy()
+        digest.update(repr((name, rows.dtype.str, rows.shape)).encode())
+        digest.update(rows.tobytes())
     return f"r{round_index}-{digest.hexdigest()}"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from federation.config import RunConfig, identity, parse
-from federation.errors import RunError
+from federation.errors import CheckpointError, FedquiltWarning, RunError
 from federation.pool.file import PoolFile
 from server import checkpoint
+from server.checkpoint import Checkpoint
 from server.history import read_history
 from server.live.folder import CHECKPOINTS_NAME, CONFIG_NAME, EVALUATIONS_NAME
 from server.promotion import Evaluation
@@ -23,9 +25,10 @@ def is_deployed(run: Path) -> bool:
 
 
 def deployed_candidate(run: Path) -> Candidate:
-    """The newest checkpoint whose very values were evaluated, with the last evaluation of them.
+    """The newest usable checkpoint whose very values were evaluated, with the last evaluation of them.
 
-    Raises RunError when there is none, and for files of another run; CheckpointError for a damaged checkpoint.
+    A damaged one is passed over with a FedquiltWarning. Raises RunError when there is none, and for files of another
+    run.
     """
     config = _config(run)
     lines = {line["version"]: line for line in read_history(run / EVALUATIONS_NAME) if line["metrics"] is not None}
@@ -34,23 +37,31 @@ def deployed_candidate(run: Path) -> Candidate:
             return Candidate(pool, _evaluation(lines[pool.version]), identity(config))
     kept = ", ".join(map(str, checkpoint.rounds(run / CHECKPOINTS_NAME)))
     raise RunError(
-        f"a release is of a checkpoint that was evaluated, {run} has checkpoints of the rounds {kept or 'none'} and "
-        f"evaluations of {', '.join(lines) or 'none'} with metrics; let the run end, or start it again "
-        "with a smaller deployment.evaluate_every"
+        f"a release is of a checkpoint that is still kept, usable and evaluated; {run} keeps those of the rounds "
+        f"{kept or 'none'} and has evaluations of {', '.join(lines) or 'none'} with metrics; let the run end, or start "
+        "it again with a smaller deployment.evaluate_every"
     )
 
 
 def _pools(checkpoints: Path, config: RunConfig, rounds: set[int]) -> Iterator[PoolFile]:
-    """The values of the checkpoints of these rounds, newest first."""
+    """The values of the usable checkpoints of these rounds, newest first."""
     for round_index in reversed(checkpoint.rounds(checkpoints)):
-        if round_index in rounds:
-            found = checkpoint.load(checkpoint.path_of(checkpoints, round_index))
+        if round_index in rounds and (found := _usable(checkpoint.path_of(checkpoints, round_index))):
             if found.meta.get("config") != identity(config):
                 raise RunError(
                     f"{checkpoints} and {CONFIG_NAME} beside it are of other configurations; "
                     "restore the one that the run was started with"
                 )
             yield PoolFile(round_index, found.tensors["values"], config.task)
+
+
+def _usable(path: Path) -> Checkpoint | None:
+    """None, and a warning, for a damaged checkpoint."""
+    try:
+        return checkpoint.load(path)
+    except CheckpointError as error:
+        warnings.warn(f"{error}; looking for an evaluated one before it", FedquiltWarning, stacklevel=2)
+        return None
 
 
 def _config(run: Path) -> RunConfig:

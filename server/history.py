@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,14 +27,17 @@ class Line(Protocol):
 class History:
     """A file with one JSON line per round.
 
-    Lines of rounds after `finished` are dropped: those rounds are done again.
+    Lines of rounds after `finished` are dropped: those rounds are done again. `in` says whether a round has a line that
+    counts; one that does not stays beside the line that makes up for it.
     Raises RunError when the file cannot be read or written.
     """
 
-    def __init__(self, path: Path, finished: int) -> None:
+    def __init__(
+        self, path: Path, finished: int, counts: Callable[[Mapping[str, Any]], bool] = lambda line: True
+    ) -> None:
         self._path = path
         kept = [line for line in read_history(path) if line["round_index"] <= finished]
-        self._rounds = {line["round_index"] for line in kept}
+        self._rounds = {line["round_index"] for line in kept if counts(line)}
         with self._writing():
             write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 

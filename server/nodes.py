@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,8 +35,12 @@ class Nodes(Protocol):
         ...
 
     def collect(self, tickets: Sequence[str]) -> Sequence[Parcel]:
-        """The answers that have come under these tickets, each given once; does not wait.
+        """The answers that have come under these tickets, each given once; does not wait for the others.
 
         A node that is gone, or whose work failed, answers with a Refusal.
         """
+        ...
+
+    def drop(self, tickets: Collection[str]) -> None:
+        """Forgets these tickets, known or not: their answers are awaited no more."""
         ...

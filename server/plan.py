@@ -55,10 +55,12 @@ def plan_round(
     The nodes stand in a row by their order, then their id. So nodes that hold a population cut into contiguous parts
     train the cohort of a simulation of the whole. `streams` is the run's.
 
-    absent: nodes in quarantine. They are drawn from like the others and their places stay empty: who is drawn of the
-    others, and where in the cohort, is as if they were there.
+    absent: nodes that are left out. In a round's first try they are drawn from like the others and their places stay
+    empty: who is drawn of the others, and where in the cohort, is as if they were there. If that was not enough, they
+    do not stand in the row: a later try draws its cohort from the others alone.
     """
-    row = sorted(holdings, key=lambda holding: (holding.order, holding.node))
+    standing = [holding for holding in holdings if work.attempt == 1 or holding.node not in absent]
+    row = sorted(standing, key=lambda holding: (holding.order, holding.node))
     starts = np.cumsum([0, *(holding.users for holding in row)])
     users = int(starts[-1])
     if not users:

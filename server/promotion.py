@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import FiniteFloat, PositiveInt
 
 from federation.config import Settings
 from federation.errors import ConfigError, RunError
@@ -20,7 +20,7 @@ class Evaluation(Settings):
     split: str
     users: PositiveInt
     nodes: PositiveInt = 1
-    metrics: dict[str, float]
+    metrics: dict[str, FiniteFloat]
 
 
 class Promotion(Settings):

@@ -5,18 +5,20 @@
             pool.safetensors     federation/pool/file.py
             release.json         a `Release`
         current.json             `Promotions`: the last one is current
+        .lock                    held by the one process that writes here; readers need not wait for it
 
 A release is written whole or not at all and never changes; promoting one, or rolling back, only adds a line to
-`current.json`. A run's folder has one writer of releases at a time; readers need not wait for it.
+`current.json`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -35,7 +37,7 @@ from server.promotion import Evaluation, Promotion, Promotions, previous, standi
 
 FOLDER_NAME = "releases"
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
-_POOL, _RELEASE, _CURRENT = "pool.safetensors", "release.json", "current.json"
+_POOL, _RELEASE, _CURRENT, _LOCK = "pool.safetensors", "release.json", "current.json", ".lock"
 S = TypeVar("S", bound=Settings)
 
 
@@ -63,7 +65,10 @@ class Release(Settings):
 
 
 class Releases:
-    """The releases of a run's folder; none where there is no such folder."""
+    """The releases of a run's folder; none where there is no such folder.
+
+    All that write raise RunError when another process is writing, or the folder cannot be written.
+    """
 
     def __init__(self, run: Path) -> None:
         self.folder = run / FOLDER_NAME
@@ -99,18 +104,14 @@ class Releases:
         """Writes a release. Raises RunError for a name that is taken, ConfigError for one that cannot be a name."""
         if not NAME.fullmatch(name):
             raise ConfigError(f"a release's name matches {NAME.pattern!r}, got {name!r}; choose another --name")
-        if name in self.names():
-            raise RunError(
-                f"a release never changes, {name!r} is there already ({self.read(name).version}); promote it with "
-                "`fedquilt promote`, or choose another --name"
-            )
         payload = candidate.pool.to_bytes()
         release = _described(candidate, name, _sha256(payload))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.folder)
-        with new_folder(self.folder / name) as folder:
-            (folder / _POOL).write_bytes(payload)
-            (folder / _RELEASE).write_bytes(_text(release))
+        with self._writing():
+            self._check_free(name)
+            remove_leftovers(self.folder)
+            with new_folder(self.folder / name) as folder:
+                (folder / _POOL).write_bytes(payload)
+                (folder / _RELEASE).write_bytes(_text(release))
         return release
 
     def history(self) -> tuple[Promotion, ...]:
@@ -126,21 +127,51 @@ class Releases:
     def promote(self, name: str, how: Literal["rule", "hand"], why: str = "") -> None:
         """Makes a release current. Raises RunError for one that is not there, or damaged."""
         self.pool(name)
-        self._record(Promotion(name=name, when=_now(), how=how, why=why))
+        with self._writing():
+            self._record(Promotion(name=name, when=_now(), how=how, why=why))
 
     def roll_back(self, name: str | None = None) -> str:
         """Makes current again what was before: `name`, or the one before the current one. Returns its name.
 
         Raises RunError when `name` is not one of those that were current before, or damaged.
         """
-        history = self.history()
-        target = previous(standing(history)[:-1], name)
-        self.pool(target)
-        self._record(Promotion(name=target, when=_now(), how="rollback", why=f"back from {history[-1].name}"))
+        if not self.folder.is_dir():
+            previous((), name)  # refuses, and no folder is made for it
+        with self._writing():
+            history = self.history()
+            target = previous(standing(history)[:-1], name)
+            self.pool(target)
+            self._record(Promotion(name=target, when=_now(), how="rollback", why=f"back from {history[-1].name}"))
         return target
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """The folder, made if it is not there, for this process alone."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / _LOCK).open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield
+        except BlockingIOError as error:
+            raise RunError(
+                f"one process at a time changes releases, another one is at work in {self.folder}; "
+                "see what it did with `fedquilt releases`, then try again"
+            ) from error
+        except OSError as error:
+            raise RunError(
+                f"releases are written to {self.folder}, which must be writable ({error}); free space or mend the "
+                "folder, then try again"
+            ) from error
 
     def _record(self, promotion: Promotion) -> None:
         write_file(self.folder / _CURRENT, _text(Promotions(history=(*self.history(), promotion))))
+
+    def _check_free(self, name: str) -> None:
+        if name in self.names():
+            raise RunError(
+                f"a release never changes, {name!r} is there already ({self.read(name).version}); promote it with "
+                "`fedquilt promote`, or choose another --name"
+            )
 
     def _check_known(self, name: str) -> None:
         if name not in (known := self.names()):

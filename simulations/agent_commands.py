@@ -25,7 +25,10 @@ ask = typer.Typer(no_args_is_help=True)
 Address = Annotated[
     str,
     typer.Option(
-        "--agent", metavar="ADDRESS", envvar="FEDQUILT_AGENT", help="unix:PATH or HOST:PORT, where the agent listens."
+        "--agent",
+        metavar="ADDRESS",
+        envvar="FEDQUILT_AGENT",
+        help="unix:PATH or HOST:PORT, where the agent listens. Who answers is proved by a Unix socket or TLS alone.",
     ),
 ]
 Seconds = Annotated[float, typer.Option(min=0.1, help="The longest that it may take.")]
@@ -62,10 +65,10 @@ def agent(
     Runs until SIGTERM or Ctrl-C. On 127.0.0.1:PORT callers need the token that is in --state; beyond loopback both
     sides need certificates.
     """
-    from client.agent.security import check_protected, listening_address, tls_files
+    from client.agent.security import SOCKET_NAME, check_protected, parse_address, tls_files
 
     tls = tls_files({"--tls-cert": tls_cert, "--tls-key": tls_key, "--tls-ca": tls_ca})
-    address = listening_address(listen, state)
+    address = parse_address(f"unix:{state / SOCKET_NAME}" if listen is None else listen)
     check_protected(address, tls)
     population = _population(experiment, {"data": data and str(data), "base": base, "window": window})
     config = _node_config(population, partition, state=state, block=block, precision=precision, device=device)
@@ -177,7 +180,7 @@ def adopt(
 ) -> None:
     """Have the agent keep a pool, and serve it from now on."""
     with _agent(agent) as client:
-        version = client.keep(file.read_bytes(), seconds)
+        version = client.keep(_pool_bytes(file), seconds)
         client.adopt(version, seconds)
     typer.echo(f"serving {version}")
 
@@ -220,6 +223,16 @@ def _agent(address: str) -> Iterator[AgentClient]:
 
     with AgentClient(address) as client:
         yield client
+
+
+def _pool_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"a release is one pool file, {str(file)!r} cannot be read ({error.strerror}); name the file that "
+            "`fedquilt release` wrote"
+        ) from error
 
 
 def _say(what: str, words: str) -> None:

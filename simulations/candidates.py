@@ -48,5 +48,5 @@ def _simulated_candidate(run: Path) -> Candidate:
     config = parse(RunConfig, record["config"])
     found = recorded_checkpoint(run, record)
     pool = PoolFile(found.round_index, found.tensors["values"], config.task)
-    evaluation = Evaluation(split="new", users=record["splits"]["measured"], metrics=losses)
+    evaluation = parse(Evaluation, {"split": "new", "users": record["splits"]["measured"], "metrics": losses})
     return Candidate(pool, evaluation, identity(config))

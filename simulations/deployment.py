@@ -49,17 +49,22 @@ class Process:
         return self.child.poll() is None
 
     def kill(self) -> None:
-        """SIGKILL to it and to all that it started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.child.pid, signal.SIGKILL)
-        self.child.wait(STOP_SECONDS)
+        """SIGKILL to it and to all that it started, some of it in sessions of its own."""
+        for pid in [self.child.pid, *descendants(self.child.pid)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.child.wait()
 
     def stop(self) -> None:
         """SIGTERM, and SIGKILL to what is left."""
+        started = descendants(self.child.pid)
         self.child.terminate()
         with suppress(subprocess.TimeoutExpired):
             self.child.wait(STOP_SECONDS)
         self.kill()
+        for pid in started:  # whom their parent has left behind
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @dataclass
@@ -79,7 +84,11 @@ class Deployment:
     def __enter__(self) -> Self:
         self.root.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
-        self.start_superlink()
+        try:
+            self.start_superlink()
+        except BaseException:
+            self.__exit__()
+            raise
         self._write_connection()
         return self
 
@@ -101,7 +110,7 @@ class Deployment:
 
     def start_node(self, name: str, config: Mapping[str, object], key: Path | None = None) -> None:
         """Starts a SuperNode with this node-config, and does not wait for it to be online."""
-        words = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+        words = " ".join(f"{name}={json.dumps(value)}" for name, value in config.items())
         joined = ["--superlink", f"127.0.0.1:{self.port}", "--host", "127.0.0.1", "--port", str(free_port())]
         secure = ["--insecure"]
         if self.keys is not None and key is not None:
@@ -209,6 +218,21 @@ class Deployment:
         if done.returncode:
             raise RunError(f"`{shlex.join(command)}` ended with {done.returncode}:\n{done.stdout}{done.stderr}")
         return done.stdout
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and those that they have; as /proc tells."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent = int(entry.read_text().rpartition(")")[2].split()[1])
+            parents.setdefault(parent, []).append(int(entry.parent.name))
+    found, open_ = [], [pid]
+    while open_:
+        children = parents.get(open_.pop(), [])
+        found += children
+        open_ += children
+    return found
 
 
 def free_port() -> int:

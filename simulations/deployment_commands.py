@@ -88,6 +88,12 @@ def rollback(
     _say(f"current: {Releases(run_folder).roll_back(name)}")
 
 
+def _trial_days() -> int:
+    from federation.keys import TRIAL_DAYS
+
+    return TRIAL_DAYS
+
+
 @deployment.command(rich_help_panel=PANEL)
 def keys(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder.")],
@@ -113,7 +119,14 @@ def keys(
             show_default=False,
         ),
     ],
-    days: Annotated[int, typer.Option(help="How long the certificates last.")] = 90,
+    days: Annotated[
+        int,
+        typer.Option(
+            help="Days that the certificates last; three months by default.",
+            default_factory=_trial_days,
+            show_default=False,
+        ),
+    ],
 ) -> None:
     """Make certificates and node keys for a trial with TLS, and print the commands that use them.
 

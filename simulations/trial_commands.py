@@ -22,7 +22,7 @@ def trial_commands(folder: Path, nodes: int, hosts: Sequence[str] = (), remote_a
     parts = [
         "# On the server, with ca.pem, server.pem and server.key. Whoever reaches its port may register nodes and run",
         "# apps on them: let only nodes and operators reach it.",
-        _superlink(folder, "0.0.0.0" if hosts else keys.LOOPBACK[1]),
+        _superlink(folder, _every_address(hosts[0]) if hosts else keys.LOOPBACK[1]),
         "",
         "# Where you operate it, with ca.pem and the public keys.",
         _connection(folder, address),
@@ -90,6 +90,11 @@ def _register(folder: Path, node: int) -> str:
 def _joined(*lines: Sequence[object]) -> str:
     """One command over several lines."""
     return " \\\n    ".join(shlex.join(str(word) for word in line) for line in lines)
+
+
+def _every_address(host: str) -> str:
+    """What a server listens to that is reached by this host: a socket is of one family of addresses."""
+    return "::" if ":" in host else "0.0.0.0"
 
 
 def _bracketed(host: str) -> str:

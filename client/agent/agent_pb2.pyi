@@ -20,12 +20,6 @@ class Version(_message.Message):
     version: str
     def __init__(self, version: _Optional[str] = ...) -> None: ...
 
-class File(_message.Message):
-    __slots__ = ("path",)
-    PATH_FIELD_NUMBER: _ClassVar[int]
-    path: str
-    def __init__(self, path: _Optional[str] = ...) -> None: ...
-
 class Instructions(_message.Message):
     __slots__ = ("federation", "round_index", "attempt", "version", "split", "positions", "durable_round", "task")
     FEDERATION_FIELD_NUMBER: _ClassVar[int]

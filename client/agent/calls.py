@@ -89,7 +89,7 @@ class CallRules(grpc.ServerInterceptor):  # type: ignore[misc]
             self._check_caller(context)
             _check_deadline(context)
             yield
-        except _Unfit as error:
+        except Unfit as error:
             outcome = "unfit"
             _end(context, error.status, str(error))
         except FedquiltError as error:
@@ -107,15 +107,15 @@ class CallRules(grpc.ServerInterceptor):  # type: ignore[misc]
     def _check_caller(self, context: Any) -> None:
         headers = dict(context.invocation_metadata())
         if self._token is not None and not same_token(headers.get(TOKEN_HEADER, ""), self._token):
-            raise _Unfit(
+            raise Unfit(
                 grpc.StatusCode.UNAUTHENTICATED,
                 "on loopback a call carries the agent's token, got none or another; "
                 "FEDQUILT_AGENT_TOKEN names its file, 'token' in the agent's state folder",
             )
 
 
-class _Unfit(Exception):
-    """A call that no agent takes, whatever it asks."""
+class Unfit(Exception):
+    """A call that no agent takes, whatever it asks. status: what it ends with."""
 
     def __init__(self, status: grpc.StatusCode, message: str) -> None:
         super().__init__(message)
@@ -124,7 +124,7 @@ class _Unfit(Exception):
 
 def _check_deadline(context: Any) -> None:
     if context.time_remaining() > MOST_SECONDS:
-        raise _Unfit(
+        raise Unfit(
             grpc.StatusCode.INVALID_ARGUMENT,
             f"a call carries a deadline of at most {MOST_SECONDS:.0f} s, got none or a later one; set its timeout",
         )

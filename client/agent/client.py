@@ -21,6 +21,8 @@ from client.agent.security import (
     Address,
     Credentials,
     TcpAddress,
+    UnixAddress,
+    check_owner,
     check_protected,
     parse_address,
     read_token,
@@ -42,6 +44,9 @@ class AgentClient:
 
     Every call takes the seconds that it may last. All but `answer` raise NodeError for what the agent refuses or fails
     to do: "no agent" where none answers, "late" when the seconds are over.
+
+    Who answers is proved by a Unix socket, which is this user's or root's, and by TLS. A port of loopback proves
+    nothing: where others use this machine too, one of them may listen there instead, and hear what is sent.
 
     Raises ConfigError for an address or credentials that cannot be used: beyond loopback there must be TLS.
     """
@@ -77,11 +82,6 @@ class AgentClient:
         """Sends a pool file, and returns its version."""
         with self._as_node_errors():
             kept: pb.Version = self._stub.Keep(chunks(payload), **self._call(seconds))
-        return kept.version
-
-    def keep_file(self, path: Path, seconds: float) -> str:
-        """As `keep`, from a file that the agent reads itself: on a Unix socket alone."""
-        kept: pb.Version = self._asked(self._stub.KeepFile, pb.File(path=str(path.absolute())), seconds)
         return kept.version
 
     def adopt(self, version: str, seconds: float) -> Description:
@@ -153,7 +153,12 @@ class AgentClient:
             return contribution_of(self._stub.Train(instructions_message(asked), **self._call(left())))
 
     def _call(self, seconds: float) -> dict[str, Any]:
-        """A call's deadline, and the token: read each time, since an agent that was restarted has another one."""
+        """A call's deadline, and the token: read each time, since an agent that was restarted has another one.
+
+        Raises ConfigError before anything is sent to a socket of someone else.
+        """
+        if isinstance(self._address, UnixAddress):
+            check_owner(self._address)
         headers = [(TOKEN_HEADER, token_header(read_token(self._token_file)))] if self._token_file else []
         return {"timeout": seconds, "metadata": headers}
 

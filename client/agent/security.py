@@ -1,7 +1,7 @@
 """Who may reach an agent: addresses, the token for loopback, TLS beyond it. Neither torch nor gRPC.
 
-unix:PATH       a socket that its owner alone may open
-127.0.0.1:PORT  anyone on the machine may connect, so each call carries the agent's token
+unix:PATH       a socket that its owner alone may open, so callers know whose it is too
+127.0.0.1:PORT  anyone on the machine may connect, so each call carries the agent's token; who answers is not proved
 HOST:PORT       with TLS alone, on both sides: the agent and its callers each show a certificate
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from fcntl import LOCK_EX, LOCK_NB, flock
 from ipaddress import ip_address
 from pathlib import Path
 
+from client.private import private_folder
 from federation.errors import ConfigError
 from federation.files import write_file
 
@@ -100,11 +100,6 @@ def parse_address(text: str) -> Address:
     return TcpAddress(found["v6"] or found["name"], int(found["port"]))
 
 
-def listening_address(text: str | None, state: Path) -> Address:
-    """Where an agent with this state folder listens; by default at a socket in it. Raises ConfigError."""
-    return parse_address(f"unix:{state / SOCKET_NAME}" if text is None else text)
-
-
 def tls_files(paths: Mapping[str, str | Path | None]) -> TlsFiles | None:
     """The certificate, the key and the authority, by what the user calls them, in this order; None without any.
 
@@ -129,6 +124,24 @@ def check_protected(address: Address, tls: TlsFiles | None) -> None:
                 f"beyond loopback an agent speaks TLS alone, {address} would be without; "
                 "give a certificate, its key and the other side's authority, or use unix:PATH or 127.0.0.1:PORT"
             )
+
+
+def check_owner(address: UnixAddress) -> None:
+    """Raises ConfigError for a socket of someone else, who would hear what is sent; a missing one is nobody's."""
+    try:
+        owner = address.path.stat().st_uid
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(
+            f"an agent's socket is this user's or root's, {address} cannot be looked at ({error.strerror}); run this "
+            "as the user that runs the agent"
+        ) from error
+    if owner not in (os.geteuid(), 0):
+        raise ConfigError(
+            f"an agent's socket is this user's or root's, {address} belongs to user {owner}, this is user "
+            f"{os.geteuid()}; nothing was sent. Run this as the user that runs the agent, or name another address"
+        )
 
 
 def new_token(state: Path) -> str:
@@ -177,9 +190,8 @@ def sole_agent(state: Path) -> Iterator[None]:
 
     Raises ConfigError while another agent holds it, when others may look into it, and when it cannot be used.
     """
+    private_folder(state)
     try:
-        state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_private(state)
         descriptor = os.open(state / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ConfigError(f"an agent's state is in a folder of its own, {state} cannot be used ({error})") from error
@@ -188,16 +200,6 @@ def sole_agent(state: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _check_private(state: Path) -> None:
-    found = state.stat()
-    mode = stat.S_IMODE(found.st_mode)
-    if mode & 0o077 or found.st_uid != os.geteuid():
-        raise ConfigError(
-            f"an agent's state folder is for its owner alone (mode 700), {state} belongs to user {found.st_uid} and "
-            f"has mode {mode:o}; chmod 700 it, or give a new one"
-        )
 
 
 def _lock(descriptor: int, state: Path) -> None:

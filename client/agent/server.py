@@ -7,23 +7,26 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from threading import Thread
+from typing import Any, NoReturn, Self
 
 import grpc
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from client.agent import agent_pb2_grpc
-from client.agent.calls import CallRules
+from client.agent.calls import CallRules, Unfit
 from client.agent.security import Address, TcpAddress, TlsFiles, UnixAddress, check_protected, new_token, private_files
 from client.agent.service import AgentService
 from federation.errors import ConfigError
 
-CALLS = 16
-"""Most calls at a time; each has a thread. Of these, few work or wait for their turn to work."""
+CALLS = 32
+"""Most calls at a time; each has a thread. With all lines full (`service.py`) there is room for short questions."""
 GRACE_SECONDS = 10.0
 """What calls have to end by themselves when the agent is stopped."""
 SERVICE_NAME = "fedquilt.agent.v1.Agent"
+_CANCEL_SECONDS = 1.0
+"""What calls that did not end by themselves have to notice that they were ended."""
 _PROBE_SECONDS = 1.0
 _SERVER_OPTIONS = [("grpc.so_reuseport", 0)]
 """Else a second agent would quietly share the port of the first."""
@@ -32,17 +35,20 @@ _SERVER_OPTIONS = [("grpc.so_reuseport", 0)]
 class AgentServer:
     """Answers at an address for a node, as long as the context lasts; calls under way get time to end by themselves.
 
-    state: the folder for the token. address: with its port once it listens. Raises ConfigError when strangers could
-    call (`check_protected`), when someone listens there already, and when it is no address of this machine.
+    state: the folder for the token. address: with its port once it listens. working: whether, after the context, a
+    call goes on that did not end in time: what it works on must not be closed under it.
+
+    Raises ConfigError when strangers could call (`check_protected`), when someone listens there already, and when it is
+    no address of this machine.
     """
 
     def __init__(self, service: AgentService, state: Path, address: Address, tls: TlsFiles | None = None) -> None:
         check_protected(address, tls)
-        self.address = address
+        self.address, self.working = address, False
         self._service, self._credentials = service, _server_credentials(tls)
         token = new_token(state) if isinstance(address, TcpAddress) and tls is None else None
         self._threads = ThreadPoolExecutor(CALLS, "call", initializer=work_alone)
-        self._health = health.HealthServicer()
+        self._health = _Health()
         rules = [CallRules(token)]
         self._server = grpc.server(self._threads, None, rules, _SERVER_OPTIONS, maximum_concurrent_rpcs=CALLS)
         agent_pb2_grpc.add_AgentServicer_to_server(service, self._server)
@@ -57,8 +63,20 @@ class AgentServer:
     def __exit__(self, *_: object) -> None:
         self._health.enter_graceful_shutdown()
         self._service.close()
-        self._server.stop(GRACE_SECONDS).wait()
-        self._threads.shutdown()
+        self._server.stop(GRACE_SECONDS).wait(GRACE_SECONDS + _CANCEL_SECONDS)
+        ending = Thread(target=self._threads.shutdown, daemon=True)
+        ending.start()
+        ending.join(_CANCEL_SECONDS)
+        self.working = ending.is_alive()
+
+
+class _Health(health.HealthServicer):  # type: ignore[misc]
+    """How the agent is, for those who ask. Each who watched instead would hold a thread for as long."""
+
+    def Watch(self, request: Any, context: Any) -> NoReturn:
+        raise Unfit(
+            grpc.StatusCode.UNIMPLEMENTED, "an agent's health is asked for, not watched; call Check now and then"
+        )
 
 
 def work_alone() -> None:

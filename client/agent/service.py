@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from client.agent import agent_pb2 as pb
 from client.agent.messages import (
-    check_size,
     contribution_parts,
     description_message,
     instructions_of,
@@ -17,32 +15,43 @@ from client.agent.messages import (
     measures_message,
 )
 from client.agent.turns import Turns
-from federation.errors import ExchangeError, NodeError
+from federation.errors import NodeError
 from federation.exchange import Answer, Contribution, Description, Letter, Measures, Refusal
 
 if TYPE_CHECKING:
     from client.node import Node
     from client.serving import Serving
+    from client.writing import Writer
 
 WAITING = 4
-"""Most calls that wait for the one under way: trainings and their like, personalisations and their like."""
+"""Most calls of a kind that wait for their turn."""
+WRITING = 4
+"""Most texts that are written or scored at a time: each has a cache of its own, or large logits."""
 A = TypeVar("A", Contribution, Description, Measures)
 
 
 class AgentService:
-    """What the federation asks for takes turns, so does what changes personal values; all else is done beside them.
+    """Whatever takes time or memory takes turns, one line for each kind of work:
+
+    - what the federation asks for, one at a time
+    - pools that arrive, one at a time: each is held in memory whole
+    - what changes personal values, one at a time
+    - texts, `WRITING` at a time
 
     waiting: the most calls of each kind that wait for their turn.
     """
 
-    def __init__(self, node: Node, serving: Serving, waiting: int = WAITING) -> None:
-        self._node, self._serving = node, serving
-        self._federated, self._personal = Turns(waiting), Turns(waiting)
+    def __init__(self, node: Node, serving: Serving, writer: Writer, waiting: int = WAITING) -> None:
+        self._node, self._serving, self._writer = node, serving, writer
+        self._federated, self._keeping, self._personal = Turns(waiting), Turns(waiting), Turns(waiting)
+        self._writing = Turns(waiting, WRITING)
+        self._closing = False
 
     def close(self) -> None:
-        """Begins no more of this work; what is under way goes on."""
-        self._federated.close()
-        self._personal.close()
+        """Begins no more of this work. A training under way ends after its block of users, other work goes on."""
+        self._closing = True
+        for turns in (self._federated, self._keeping, self._personal, self._writing):
+            turns.close()
 
     # For the federation
 
@@ -50,15 +59,8 @@ class AgentService:
         return description_message(self._answered(Letter("describe"), Description, context))
 
     def Keep(self, request_iterator: Iterator[pb.Chunk], context: Any) -> pb.Version:
-        return pb.Version(version=self._node.keep(joined(request_iterator)))
-
-    def KeepFile(self, request: pb.File, context: Any) -> pb.Version:
-        if not context.peer().startswith("unix:"):
-            raise ExchangeError(
-                f"the agent opens files for callers on its Unix socket alone, this call came from {context.peer()!r}; "
-                "send the pool itself"
-            )
-        return pb.Version(version=self._node.keep(_read(Path(request.path))))
+        with _turn(self._keeping, context):
+            return pb.Version(version=self._node.keep(joined(request_iterator)))
 
     def Train(self, request: pb.Instructions, context: Any) -> Iterator[pb.ContributionPart]:
         with _turn(self._federated, context):
@@ -81,12 +83,16 @@ class AgentService:
 
     def Generate(self, request: pb.Prompt, context: Any) -> Iterator[pb.Text]:
         sampling = request.max_tokens, request.temperature, request.seed
-        with closing(self._serving.generate(request.user, request.text, *sampling)) as written:
+        with (
+            _turn(self._writing, context),
+            closing(self._writer.generate(request.user, request.text, *sampling)) as written,
+        ):
             for piece in written:
                 yield pb.Text(text=piece)
 
     def Score(self, request: pb.Writing, context: Any) -> pb.Scored:
-        return pb.Scored(**vars(self._serving.score(request.user, request.text)))
+        with _turn(self._writing, context):
+            return pb.Scored(**vars(self._writer.score(request.user, request.text)))
 
     def Forget(self, request: pb.User, context: Any) -> pb.Forgotten:
         with _turn(self._federated, context), _turn(self._personal, context):
@@ -101,8 +107,8 @@ class AgentService:
         return pb.ServingStatus(**vars(self._serving.status()))
 
     def _answered(self, letter: Letter, kind: type[A], context: Any) -> A:
-        """The node's answer. Raises NodeError where it refuses, and when the caller leaves before."""
-        answer: Answer = self._node.answer(letter, context.is_active)
+        """The node's answer. Raises NodeError where it refuses, and when the caller or the agent leaves before."""
+        answer: Answer = self._node.answer(letter, lambda: context.is_active() and not self._closing)
         if isinstance(answer, Refusal):
             raise NodeError(answer.fault, answer.message)
         assert isinstance(answer, kind)
@@ -113,16 +119,3 @@ def _turn(turns: Turns, context: Any) -> AbstractContextManager[None]:
     """This call's turn, unless its caller leaves before."""
     context.add_callback(turns.wake)
     return turns.turn(context.time_remaining(), context.is_active)
-
-
-def _read(path: Path) -> bytes:
-    """A pool file's bytes."""
-    try:
-        if not path.is_file():
-            raise ExchangeError(f"a pool is in a file, {path} is none; name another, or send the pool itself")
-        check_size(path.stat().st_size)
-        return path.read_bytes()
-    except OSError as error:
-        raise ExchangeError(
-            f"the agent opens a pool's file itself, {path} is closed to it ({error.strerror}); send the pool itself"
-        ) from error

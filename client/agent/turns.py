@@ -1,20 +1,24 @@
-"""Work that is done one piece at a time, and the short line before it."""
+"""Work that is done a few pieces at a time, and the short line before it."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from threading import Condition
 
 from federation.errors import NodeError
 
 
 class Turns:
-    """One piece of work at a time, in the order in which they came. waiting: the most that wait for it."""
+    """Turns to work, in the order in which they are asked for.
 
-    def __init__(self, waiting: int) -> None:
-        self._waiting = waiting
+    waiting: the most that wait for one. places: the most that have one at a time.
+    """
+
+    def __init__(self, waiting: int, places: int = 1) -> None:
+        self._waiting, self._places = waiting, places
         self._line: deque[object] = deque()
         self._closed = False
         self._changed = Condition()
@@ -30,7 +34,7 @@ class Turns:
         ticket = self._queue()
         try:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or not wanted() or self._line[0] is ticket, seconds)
+                self._changed.wait_for(lambda: self._closed or not wanted() or self._has_place(ticket), seconds)
                 self._check_turn(ticket, wanted())
             yield
         finally:
@@ -49,28 +53,26 @@ class Turns:
             self._closed = True
             self._changed.notify_all()
 
-    @property
-    def length(self) -> int:
-        """How many work or wait."""
-        with self._changed:
-            return len(self._line)
-
     def _queue(self) -> object:
         with self._changed:
-            if len(self._line) > self._waiting:
+            if len(self._line) >= self._places + self._waiting:
                 raise NodeError(
                     "busy",
-                    f"a node does one piece of work at a time and lets {self._waiting} wait, all places are taken; "
-                    "ask again later",
+                    f"such calls are worked on {self._places} at a time and {self._waiting} may wait, all these places "
+                    "are taken; ask again later",
                 )
             ticket = object()
             self._line.append(ticket)
             return ticket
 
+    def _has_place(self, ticket: object) -> bool:
+        """Whether it is among the first of the line, who work."""
+        return ticket in islice(self._line, self._places)
+
     def _check_turn(self, ticket: object, wanted: bool) -> None:
         if self._closed:
             raise NodeError("no agent", "the agent is being stopped; ask again when it is back")
-        if not wanted or self._line[0] is not ticket:
+        if not wanted or not self._has_place(ticket):
             raise NodeError(
                 "late", "the deadline passed before it was this work's turn; give it more time, or ask later"
             )

@@ -82,6 +82,10 @@ class UserTexts(TextPopulation):
                 "add the user's texts, or more of them, and start again"
             ) from None
 
+    def stored_id(self, name: str) -> int:
+        """The id that stores know a user of this name by, whether or not its texts are here."""
+        return user_id(name)
+
     def name_of(self, user_id: int) -> str:
         """The name of the user with this id."""
         return self.texts[int(self._rows(np.array([user_id]))[0])].name

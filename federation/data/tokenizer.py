@@ -212,9 +212,16 @@ def _declared_eos(tokenizer: tokenizers.Tokenizer, folder: Path) -> int | None:
 
     A model's settings hold a number in any case, be it that of an ordinary token.
     """
-    named = _settings(folder / "tokenizer_config.json").get("eos_token")
+    path = folder / "tokenizer_config.json"
+    named = _settings(path).get("eos_token")
     if named is not None:
-        found: int | None = tokenizer.token_to_id(named.get("content", "") if isinstance(named, dict) else named)
+        token = named.get("content") if isinstance(named, dict) else named
+        if not isinstance(token, str):
+            raise PopulationError(
+                f"eos_token names a token, or has it as its content, {path} has {named!r}; save the base's tokenizer "
+                "again"
+            )
+        found: int | None = tokenizer.token_to_id(token)
         return found
     declared = _settings(folder / "config.json").get("eos_token_id")
     special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}

@@ -14,18 +14,23 @@ import json
 import struct
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from federation.config import TaskConfig, parse
-from federation.errors import ConfigError, PoolError
+from federation.errors import ConfigError, PoolError, PoolFormatError
 from federation.state import version_of
 from federation.update import Values
 
 FORMAT = "fedquilt pool 1"
 _METADATA = "fedquilt"
 _HEADER_LENGTH = struct.Struct("<Q")
+_UNREADABLE = (
+    *(struct.error, SafetensorError, ValueError, KeyError, TypeError),
+    *(OverflowError, RecursionError),  # of numbers and nesting that JSON allows and Python does not
+)
 
 
 @dataclass(frozen=True)
@@ -55,19 +60,31 @@ class PoolFile:
 
 
 def pool_file(payload: bytes) -> PoolFile:
-    """What `to_bytes` wrote. Raises PoolError when it is anything else, or its values are not those of its version."""
+    """What `to_bytes` wrote.
+
+    Raises PoolError when it is anything else, or its values are not those of its version; PoolFormatError when another
+    release of fedquilt wrote it.
+    """
     try:
-        (length,) = _HEADER_LENGTH.unpack_from(payload)
-        metadata = json.loads(payload[_HEADER_LENGTH.size : _HEADER_LENGTH.size + length])["__metadata__"]
-        said = json.loads(metadata[_METADATA])
-        if said["format"] != FORMAT:
-            raise PoolError(f"a pool file is of the format {FORMAT!r}, got {said['format']!r}; use its release")
-        found = PoolFile(int(said["round"]), load(payload), parse(TaskConfig, said["task"]))
-        version = said["version"]
-    except (struct.error, ValueError, KeyError, TypeError, ConfigError, SafetensorError) as error:
+        found, version = _read(payload)
+        own = found.version
+    except ConfigError as error:
+        raise PoolFormatError(
+            f"{len(payload)} bytes are no pool file of this release: its task is another's ({error}); "
+            "use the release that wrote it, or fetch it again"
+        ) from error
+    except _UNREADABLE as error:
         raise PoolError(f"{len(payload)} bytes are no pool file ({error!r}); fetch it again") from error
-    if found.version != version:
-        raise PoolError(
-            f"the values are those of {found.version}, the file says {version}; it is damaged: fetch it again"
-        )
+    if own != version:
+        raise PoolError(f"the values are those of {own}, the file says {version}; it is damaged: fetch it again")
     return found
+
+
+def _read(payload: bytes) -> tuple[PoolFile, Any]:
+    """The file, and the version that it says it is."""
+    (length,) = _HEADER_LENGTH.unpack_from(payload)
+    metadata = json.loads(payload[_HEADER_LENGTH.size : _HEADER_LENGTH.size + length])["__metadata__"]
+    said = json.loads(metadata[_METADATA])
+    if said["format"] != FORMAT:
+        raise PoolFormatError(f"a pool file is of the format {FORMAT!r}, got {said['format']!r}; use its release")
+    return PoolFile(int(said["round"]), load(payload), parse(TaskConfig, said["task"])), said["version"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -76,14 +76,7 @@ class PoolLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.scale = scale
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        weight = self._weight()
-        self.d_in, self.d_out = weight.shape
-
-    def _weight(self) -> Tensor:
-        """The base's weight as (d_in, d_out); a view."""
-        weight = self.base_layer.weight
-        assert isinstance(weight, Tensor)
-        return weight if isinstance(self.base_layer, Conv1D) else weight.t()
+        self.d_in, self.d_out = weight_of(base_layer).shape
 
     def _bias(self) -> Tensor | None:
         bias = self.base_layer.bias
@@ -102,7 +95,9 @@ class PoolLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         stacked = x.reshape(bound.users, -1, self.d_in)
         rows = bound.rows[self.module_name]
         if isinstance(bound, UserRows):
-            y = stacked_low_rank(stacked, self._weight(), self._bias(), rows, self.scale, self._known(stacked))
+            y = stacked_low_rank(
+                stacked, weight_of(self.base_layer), self._bias(), rows, self.scale, self._known(stacked)
+            )
         else:
             base = self.base_layer(stacked)
             y = gated_low_rank(stacked, base, rows, bound.gates[self.module_name], self.scale)
@@ -134,9 +129,30 @@ class PoolTuner(BaseTuner):  # type: ignore[misc]
         current_key: str,
         **_: Any,
     ) -> None:
-        if not isinstance(target, nn.Linear | Conv1D):
-            raise PoolError(
-                f"only nn.Linear and Conv1D can be adapted, got {type(target).__name__} at {current_key!r}; "
-                f"narrow target_modules ({sorted(peft_config.target_modules)})"
-            )
+        _check_linear(target, current_key, peft_config)
         self._replace_module(parent, target_name, PoolLayer(target, current_key, peft_config.scale), target)
+
+
+def target_layers(module: nn.Module, config: TunerConfig) -> dict[str, nn.Module]:
+    """The linear layers that a tuner adapts in a module, or has adapted, by name. Raises PoolError for other layers."""
+    found = {}
+    for name, layer in module.named_modules():
+        if name and check_target_module_exists(config, name):
+            found[name] = layer.base_layer if isinstance(layer, PoolLayer) else layer
+            _check_linear(found[name], name, config)
+    return found
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """A linear layer's weight as (d_in, d_out); a view."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight if isinstance(layer, Conv1D) else weight.t()
+
+
+def _check_linear(layer: nn.Module, name: str, config: TunerConfig) -> None:
+    if not isinstance(layer, nn.Linear | Conv1D):
+        raise PoolError(
+            f"only nn.Linear and Conv1D can be adapted, got {type(layer).__name__} at {name!r}; "
+            f"narrow target_modules ({sorted(config.target_modules)})"
+        )

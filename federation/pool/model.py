@@ -13,7 +13,16 @@ from federation.activations import with_fast_activations
 from federation.base import BaseModel, at_least_fp32
 from federation.data.population import Batch
 from federation.errors import PoolError
-from federation.pool.layers import GatedPool, PoolLayer, PoolTuner, TunerConfig, UserRows, binding
+from federation.pool.layers import (
+    GatedPool,
+    PoolLayer,
+    PoolTuner,
+    TunerConfig,
+    UserRows,
+    binding,
+    target_layers,
+    weight_of,
+)
 from federation.pool.prefix import remember_frozen
 from federation.pool.spec import ModuleSpec, PoolSpec
 from federation.update import Values
@@ -37,20 +46,29 @@ class PooledModel:
     ) -> PooledModel:
         """Wraps the targeted linear layers of the base's module, in place; once for each module.
 
-        Raises PoolError when the targets match nothing, or something that is not a linear layer.
+        Raises PoolError, and changes nothing, when the targets match nothing or something that is not a linear layer.
         """
+        planned = cls.planned(base, rank, scale, target_modules)
         with_fast_activations(base.module)
-        targets = list(target_modules or base.target_modules)
-        try:
-            PoolTuner(base.module, TunerConfig(target_modules=targets, scale=scale), "pool")
-        except ValueError as error:
+        PoolTuner(base.module, _tuning(base, scale, target_modules), "pool")
+        remember_frozen(base.module, PoolLayer)
+        return planned
+
+    @classmethod
+    def planned(
+        cls, base: BaseModel, rank: int, scale: float, target_modules: tuple[str, ...] | None = None
+    ) -> PooledModel:
+        """What `around` gives, or would have before the module was wrapped. Changes nothing; raises as it does."""
+        config = _tuning(base, scale, target_modules)
+        targets = target_layers(base.module, config)
+        if not targets:
             names = {name.rsplit(".", 1)[-1] for name, m in base.module.named_modules() if hasattr(m, "weight")}
             raise PoolError(
-                f"target_modules {targets} match no linear layer of {base.name!r}; it has {sorted(names)}"
-            ) from error
-        remember_frozen(base.module, PoolLayer)
-        layers = [m for m in base.module.modules() if isinstance(m, PoolLayer)]
-        return cls(base, PoolSpec(tuple(ModuleSpec(m.module_name, m.d_in, m.d_out) for m in layers), rank, scale))
+                f"target_modules {config.target_modules} match no linear layer of {base.name!r}; "
+                f"it has {sorted(names - {'base_layer'})}"
+            )
+        modules = (ModuleSpec(name, *weight_of(layer).shape) for name, layer in targets.items())
+        return cls(base, PoolSpec(tuple(modules), rank, scale))
 
     def of_rank(self, rank: int) -> PooledModel:
         """The same wrapped model with a pool of another rank: layers own no rows, so they fit any."""
@@ -96,3 +114,7 @@ class PooledModel:
         """Inputs that are numbers, not tokens, in the precision of the module."""
         inputs, targets = inputs_and_targets
         return inputs.to(next(self.base.module.parameters()).dtype) if inputs.is_floating_point() else inputs, targets
+
+
+def _tuning(base: BaseModel, scale: float, target_modules: tuple[str, ...] | None) -> TunerConfig:
+    return TunerConfig(target_modules=list(target_modules or base.target_modules), scale=scale)

@@ -5,17 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-from federation.exchange import (
-    Contribution,
-    Fault,
-    Instructions,
-    Letter,
-    LetterKind,
-    Measures,
-    Refusal,
-)
+from federation.exchange import Description, Fault, Instructions, Letter, LetterKind, Refusal
 from server.live.roster import in_words
 from server.live.session import Session
+from server.live.windows import collected
 from server.nodes import Parcel
 
 _LEAST_SECONDS = 1.0
@@ -34,8 +27,9 @@ class Errand:
     def __init__(self, session: Session, kind: LetterKind, asked: Mapping[int, Instructions], pool: bytes) -> None:
         self._nodes, self._roster, self._clock = session.nodes, session.roster, session.clock
         self._kind, self._asked, self._pool = kind, asked, pool
-        self._poll_seconds = session.config.deployment.poll_seconds
-        self._deadline = self._clock.now() + session.config.deployment.round_seconds
+        deployment = session.config.deployment
+        self._poll_seconds, self._at_once = deployment.poll_seconds, deployment.replies
+        self._deadline = self._clock.now() + deployment.round_seconds
         self.bytes_down = self.bytes_up = 0
         self._tickets: dict[int, str] = {}
         self._without_pool = {node for node, wish in asked.items() if self._roster.keeps(node, wish.version)}
@@ -46,28 +40,38 @@ class Errand:
         """One parcel for each node that `wanted` names, until it names none; it is asked anew after every look.
 
         What has come is given at once. Once the deadline is over, a node that has not answered gets a Refusal in its
-        name, and so does one that cannot be reached.
+        name, and so does one that cannot be reached. The errand ends with the last answer that is taken.
         """
         while nodes := wanted():
-            left = self._deadline - self._clock.now()
-            came = self.came(nodes)
-            yield from came
+            left, answered = self._deadline - self._clock.now(), set()
+            for parcel in self.came(nodes):
+                answered.add(parcel.node)
+                yield parcel
             if left <= 0:
-                answered = {parcel.node for parcel in came}
                 yield from (_refusal(node, "late", "time is over") for node in nodes if node not in answered)
-            elif not came:
+            elif not answered:
                 self._clock.sleep(min(self._poll_seconds, left))
+        self.end()
 
-    def came(self, nodes: Sequence[int]) -> list[Parcel]:
-        """The answers of these nodes that have come, each given once."""
-        parcels = [_refusal(node, "failed", "it cannot be reached") for node in nodes if not self._tickets[node]]
-        for parcel in self._nodes.collect([self._tickets[node] for node in nodes if self._tickets[node]]):
+    def came(self, nodes: Sequence[int]) -> Iterator[Parcel]:
+        """The answers of these nodes that have come, each given once, `deployment.replies` of them held at a time."""
+        yield from (_refusal(node, "failed", "it cannot be reached") for node in nodes if not self._tickets[node])
+        tickets = [self._tickets[node] for node in nodes if self._tickets[node]]
+        for parcel in collected(self._nodes, tickets, self._at_once):
             if self._lacks_the_pool(parcel):
                 self._post([parcel.node], self._pool)
             else:
                 self._note(parcel)
-                parcels.append(parcel)
-        return parcels
+                yield parcel
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its deadline has passed."""
+        return self._clock.now() >= self._deadline
+
+    def end(self) -> None:
+        """No answer is awaited any longer."""
+        self._nodes.drop([ticket for ticket in self._tickets.values() if ticket])
 
     def _post(self, nodes: Collection[int], pool: bytes | None) -> None:
         letters = {node: Letter(self._kind, self._asked[node], pool) for node in sorted(nodes)}
@@ -81,18 +85,18 @@ class Errand:
         match parcel.answer:
             case Refusal(fault="lacks version") if parcel.node in self._without_pool:
                 self._without_pool.discard(parcel.node)
-                return self._clock.now() < self._deadline
+                return not self.is_over
         return False
 
     def _note(self, parcel: Parcel) -> None:
+        """What contributions and measures tell of a node is believed by those who judge them."""
         self.bytes_up += parcel.size_bytes
-        answer = parcel.answer
-        if isinstance(answer, Refusal):
-            _log.warning("node %d gives no answer: %s", parcel.node, in_words(answer))
-        if isinstance(answer, Contribution | Measures) and answer.work != self._asked[parcel.node].work:
-            return
-        if not isinstance(answer, str):
-            self._roster.learn(parcel.node, answer)
+        match parcel.answer:
+            case Refusal() as refusal:
+                _log.warning("node %d gives no answer: %s", parcel.node, in_words(refusal))
+                self._roster.learn(parcel.node, refusal)
+            case Description() as said if self._kind == "release":
+                self._roster.learn(parcel.node, said)
 
 
 def _refusal(node: int, fault: Fault, message: str) -> Parcel:

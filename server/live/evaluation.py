@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -13,20 +12,20 @@ from server.live.errand import Errand
 from server.live.lines import EvaluationLine, means
 from server.live.session import Head, Session
 
-"""What nodes measure of each user."""
-LARGEST = 3.4e38
-"""A sum beyond float32 is no measure; below, sums over all nodes are finite."""
+LARGEST_LOSS = 100.0
+"""Nats per target. Losses are at least 0, and a larger mean than this over a node's users is no measure: so one node
+moves the mean of N users by no more than this times its share of them."""
 
 _log = logging.getLogger("fedquilt")
 
 
 def evaluate(session: Session, head: Head) -> EvaluationLine:
-    """The measures of `evaluate.users` users of the nodes that are present and not in quarantine: new ones if any node
+    """The measures of `evaluate.users` users of the nodes that would be asked in the next round: new ones if any node
     has some, else those that train. Nodes that do not answer within a round's time are left out."""
     split, positions = _chosen(session, head)
     work = session.work(head, head.state.round_index)
     asked = {node: session.instructions(work, split, p, head.durable_round) for node, p in positions.items()}
-    measures, rejected = _measures(Errand(session, "evaluate", asked, head.pool), asked)
+    measures, rejected = _measures(session, Errand(session, "evaluate", asked, head.pool), asked)
     users = sum(found.measured for found in measures.values())
     metrics, suppressed = means(_sums(measures), users)
     return EvaluationLine(
@@ -55,14 +54,16 @@ def dealt(holdings: Sequence[int], most: int) -> list[int]:
 
 def _chosen(session: Session, head: Head) -> tuple[str, dict[int, tuple[int, ...]]]:
     """The split, and the positions of each node's first users in it."""
-    left_out = session.desk.quarantined(head.state.round_index + 1)
+    left_out = session.left_out(head.state.round_index + 1)
     present = {node: said.users for node, said in session.roster.present().items() if node not in left_out}
     split = "new" if any(users.get("new") for users in present.values()) else "train"
     counts = dealt([users.get(split, 0) for users in present.values()], session.config.evaluate.users)
     return split, {node: tuple(range(count)) for node, count in zip(present, counts) if count}
 
 
-def _measures(errand: Errand, asked: Mapping[int, Instructions]) -> tuple[dict[int, Measures], dict[str, int]]:
+def _measures(
+    session: Session, errand: Errand, asked: Mapping[int, Instructions]
+) -> tuple[dict[int, Measures], dict[str, int]]:
     """What is fit to be summed, ascending by node, and how many nodes gave nothing, by reason."""
     measures: dict[int, Measures] = {}
     rejected: Counter[str] = Counter()
@@ -72,6 +73,7 @@ def _measures(errand: Errand, asked: Mapping[int, Instructions]) -> tuple[dict[i
         verdict = _judged(parcel.answer, asked[parcel.node])
         if isinstance(verdict, Measures):
             measures[parcel.node] = verdict
+            session.roster.learn(parcel.node, verdict)
         else:
             rejected[verdict] += 1
             _log.warning("node %d is left out of an evaluation: %s", parcel.node, verdict)
@@ -90,7 +92,7 @@ def _judged(answer: Answer | str, asked: Instructions) -> Measures | str:
                 return "more users than asked for"
             if sums.keys() != set(MEASURES):
                 return "other metrics"
-            if not all(math.isfinite(total) and abs(total) <= LARGEST for total in sums.values()):
+            if not all(0 <= total <= LARGEST_LOSS * measured for total in sums.values()):
                 return "a sum that is no measure"
             return answer
     return "no measures"

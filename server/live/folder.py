@@ -97,8 +97,8 @@ class StateFolder:
         return History(self._path / ROUNDS_NAME, finished)
 
     def evaluations(self, finished: int) -> History:
-        """The history of evaluations, up to the last finished round."""
-        return History(self._path / EVALUATIONS_NAME, finished)
+        """The history of evaluations, up to the last finished round. One that measured nobody is still to be done."""
+        return History(self._path / EVALUATIONS_NAME, finished, counts=lambda line: line["users"] > 0)
 
 
 @contextmanager

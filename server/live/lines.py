@@ -15,6 +15,7 @@ class RoundLine:
 
     attempt: which try it was, counted from 1. nodes_asked, nodes: how many were asked, and answered in time.
     users, admitted: how many were asked, and had a part in the result. rejected: users by reason.
+    repeats: replies that had been taken before, and were not taken again.
     metrics: means over the admitted users, None when they are suppressed (why).
     seconds: from its letters to the new state.
     bytes_down, bytes_up: of the pools sent, and of the contributions received.
@@ -27,6 +28,7 @@ class RoundLine:
     users: int
     admitted: int
     rejected: Mapping[str, int]
+    repeats: int
     metrics: Mapping[str, float] | None
     suppressed: str
     seconds: float

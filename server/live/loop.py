@@ -13,7 +13,7 @@ from types import FrameType
 from uuid import uuid4
 
 from federation.config import RunConfig
-from federation.errors import RunError
+from federation.errors import FedquiltError, RunError
 from federation.pool.file import PoolFile
 from server.admission.desk import Desk
 from server.admission.intake import Outcome
@@ -23,6 +23,7 @@ from server.live.clock import REAL_TIME, Clock
 from server.live.evaluation import evaluate
 from server.live.folder import AUDIT_NAME, Record, StateFolder, opened
 from server.live.lines import RoundLine
+from server.live.patience import Patience
 from server.live.roster import Roster
 from server.live.session import Session
 from server.live.training import Try, try_round
@@ -30,6 +31,9 @@ from server.nodes import Nodes
 from server.round import Rules, ServerState, close
 
 __all__ = ["RoundLine", "federate"]
+
+_PAUSE = 5.0
+"""Seconds after a round's first refused try; after the second it is 5 times as long, and so on up to join_seconds."""
 
 _log = logging.getLogger("fedquilt")
 
@@ -48,14 +52,14 @@ def federate(
 
     Killed at any moment and started again, it ends with the same bits if the same nodes answer: a round's effects, its
     ledger entries and the quarantine are one checkpoint, and what is drawn depends on the seed and the round alone.
-    Ctrl-C, SIGTERM and RunErrors leave a checkpoint of the last finished round.
+    Whatever else ends it (an error, Ctrl-C, SIGTERM) leaves a checkpoint of the last finished round.
 
     first: the state before the first round. released: the release that nodes are to serve, asked in every round.
 
     Raises RunError when the folder is in use or holds another federation, when too few nodes join, and when a round
     stays below its quorum; CheckpointError when the state cannot be read or written.
     """
-    with opened(folder, config) as kept, _sigterm_exits(), closing(make_lifter(config.compute)) as lifter:
+    with _sigterm_exits(), opened(folder, config) as kept, closing(make_lifter(config.compute)) as lifter:
         record = kept.load(rules)
         if record is None:
             record = Record(first, uuid4().hex)
@@ -63,7 +67,8 @@ def federate(
         kept.note_config()
         desk = Desk(config, kept.audit_log(), record.desk)
         roster = Roster(nodes, clock, config.deployment)
-        session = Session(record.federation, config, rules, nodes, roster, desk, lifter, clock)
+        patience = Patience(config.deployment.quarantine_rounds)
+        session = Session(record.federation, config, rules, nodes, roster, desk, lifter, clock, patience)
         return _Run(session, kept, record, on_round, released).finish()
 
 
@@ -92,7 +97,7 @@ class _Run:
             while self._round_index < self._session.config.federation.rounds:
                 self._round()
                 self._evaluate_if_due()
-        except (KeyboardInterrupt, SystemExit, RunError):
+        except BaseException:  # finished rounds outlive whatever ends the run
             if not self._folder.holds(self._round_index):
                 self._folder.save(self._record)
             raise
@@ -115,7 +120,11 @@ class _Run:
         self._on_round(line)
 
     def _tried(self) -> Try:
-        """The first try of the next round that reaches the quorum. Raises RunError without one, or without nodes."""
+        """The first try of the next round that reaches the quorum. Raises RunError without one, or without nodes.
+
+        Before the next try the nodes that gave no answer describe themselves anew: those that do not are not asked
+        again, and are waited for only where fewer than `deployment.nodes` others are there.
+        """
         attempts = self._session.config.deployment.attempts
         for attempt in range(1, attempts + 1):
             self._gather()
@@ -124,6 +133,9 @@ class _Run:
                 return done
             self._session.desk.refuse_round()
             _log.error("try %d of %d is refused: %s", attempt, attempts, self._counts(done))
+            if attempt < attempts:
+                self._session.roster.forget(done.faults)
+                self._session.roster.watch(min(_PAUSE**attempt, self._session.config.deployment.join_seconds))
         raise RunError(
             f"{self._counts(done)}; {attempts} tries (deployment.attempts) were no better. The state is that of round "
             f"{self._round_index}: see {AUDIT_NAME} and the nodes' logs, then start again; or lower the quorum"
@@ -136,7 +148,16 @@ class _Run:
                 f"{roster.shortage}; start more nodes or look at their logs, then start again: the state is that of "
                 f"round {self._round_index}"
             )
-        if release := self._released():
+        self._announce()
+
+    def _announce(self) -> None:
+        """A release that cannot be read is the operator's to mend: training goes on without it."""
+        try:
+            release = self._released()
+        except (FedquiltError, OSError) as error:
+            _log.error("no release is announced: %s", error)
+            return
+        if release is not None:
             self._announcer.announce(release, self._head)
 
     def _reaches_quorum(self, done: Try) -> bool:
@@ -172,12 +193,18 @@ def _applied(session: Session, state: ServerState, outcome: Outcome) -> ServerSt
 
 @contextmanager
 def _sigterm_exits() -> Iterator[None]:
-    """Within, SIGTERM raises SystemExit, once. Only the main thread may handle signals: elsewhere nothing changes."""
+    """Within, SIGTERM raises SystemExit, once; afterwards it goes on to the handler that was there before, if there is
+    one: Flower's tells the SuperLink how the run has ended. Only the main thread may handle signals: elsewhere nothing
+    changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    came = False
+
     def leave(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
@@ -186,3 +213,5 @@ def _sigterm_exits() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        if came and callable(before):
+            signal.raise_signal(signal.SIGTERM)

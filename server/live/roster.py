@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from federation.config import DeploymentConfig
 from federation.exchange import Answer, Contribution, Description, Letter, Measures, Refusal
 from server.live.clock import Clock
+from server.live.windows import collected
 from server.nodes import Nodes
 from server.plan import Holding
 
-MOST_USERS = 2**40
-"""Of one node and split: a number above is no count of users."""
 _REFUSED_SECONDS = 5.0
-_LOGGED = 300
 
 _log = logging.getLogger("fedquilt")
 
@@ -25,6 +23,9 @@ class Roster:
 
     A node takes part once it has described itself: it is asked when it is first seen, again when it refuses, and again
     when it is silent for a quarter of `join_seconds`. Nobody waits for it but `gather`.
+
+    A node that counts more than `deployment.users_per_node` users does not take part: a count is a share of every
+    cohort, so no node's word for it is taken without a bound, and a cut one would be a guess.
     """
 
     def __init__(self, nodes: Nodes, clock: Clock, deployment: DeploymentConfig) -> None:
@@ -57,6 +58,19 @@ class Roster:
             self.look()
         return True
 
+    def watch(self, seconds: float) -> None:
+        """Looks for so long."""
+        until = self._clock.now() + seconds
+        while (left := until - self._clock.now()) > 0:
+            self.look()
+            self._clock.sleep(min(self._deployment.poll_seconds, left))
+
+    def forget(self, nodes: Iterable[int]) -> None:
+        """These describe themselves anew before they take part again: they are asked at the next look."""
+        for node in nodes:
+            self._known.pop(node, None)
+            self._ask_at.pop(node, None)
+
     @property
     def shortage(self) -> str:
         """In words: how many nodes are there, and how many should be."""
@@ -68,7 +82,7 @@ class Roster:
 
     def look(self) -> None:
         """Sees who is online, takes in the descriptions that have come, and asks for those that lack."""
-        for parcel in self._nodes.collect(tuple(self._awaited)):
+        for parcel in collected(self._nodes, tuple(self._awaited), self._deployment.replies):
             self._awaited.pop(parcel.ticket)
             if isinstance(parcel.answer, Description):
                 self.learn(parcel.node, parcel.answer)
@@ -77,12 +91,13 @@ class Roster:
                 self._ask_at[parcel.node] = self._clock.now() + _REFUSED_SECONDS
         self._online = frozenset(self._nodes.online())
         now = self._clock.now()
+        self._nodes.drop([ticket for ticket, until in self._awaited.items() if now >= until])
         self._awaited = {ticket: until for ticket, until in self._awaited.items() if now < until}
         if unasked := sorted(n for n in self._online - self._known.keys() if self._ask_at.get(n, now) <= now):
             self._ask(unasked, now)
 
     def learn(self, node: int, answer: Answer) -> None:
-        """Takes in what an answer says of the node. Numbers that cannot be true are passed over.
+        """Takes in what an answer says of the node. An answer that counts too many users is passed over.
 
         Of the versions a node keeps, the one it worked with last is remembered: every round makes another.
         """
@@ -92,12 +107,16 @@ class Roster:
             case Contribution() | Measures() if node in self._known:
                 self._note(node, replace(self._known[node], users=answer.users, versions=(answer.work.version,)))
             case Refusal(fault="unknown users"):
-                self._known.pop(node, None)
-                self._ask_at.pop(node, None)
+                self.forget([node])
 
     def _note(self, node: int, said: Description) -> None:
-        if not all(0 <= count <= MOST_USERS for count in said.users.values()):
-            _log.warning("node %d counts its users outside 0..%d, passed over", node, MOST_USERS)
+        most = self._deployment.users_per_node
+        if not all(0 <= count <= most for count in said.users.values()):
+            _log.warning(
+                "node %d is not believed: it counts its users outside 0..%d (deployment.users_per_node); raise the "
+                "setting if it may hold more, or split it into several nodes",
+                *(node, most),
+            )
             return
         if node not in self._known:
             _log.info("node %d takes part from now on", node)
@@ -111,10 +130,10 @@ class Roster:
 
 
 def in_words(answer: Answer | str) -> str:
-    """What a log may say of an answer that is not as hoped for: a line, and nothing of its content."""
+    """What a log may say of an answer that is not as hoped for: nothing in the node's own words."""
     match answer:
-        case Refusal(fault, message):
-            return f"{fault}: {message[:_LOGGED]!r}"
+        case Refusal(fault):
+            return fault
         case str():
-            return repr(answer[:_LOGGED])
+            return "its answer cannot be read"
     return f"it answers with a {type(answer).__name__.lower()}"

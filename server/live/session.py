@@ -12,6 +12,7 @@ from federation.streams import Streams
 from server.admission.desk import Desk
 from server.admission.lifting import Lifter
 from server.live.clock import Clock
+from server.live.patience import Patience
 from server.live.roster import Roster
 from server.nodes import Nodes
 from server.round import Rules, ServerState
@@ -42,6 +43,7 @@ class Session:
     desk: Desk
     lifter: Lifter
     clock: Clock
+    patience: Patience
 
     @property
     def streams(self) -> Streams:
@@ -50,6 +52,14 @@ class Session:
     @cached_property
     def _task(self) -> str:
         return self.config.task.model_dump_json()
+
+    def left_out(self, round_index: int) -> frozenset[int]:
+        """Who is not asked in a round: nodes in quarantine, and those that rest. Nobody rests where fewer than
+        `deployment.nodes` would be left."""
+        quarantined = self.desk.quarantined(round_index)
+        resting = quarantined | self.patience.resting(round_index)
+        enough = len(self.roster.present().keys() - resting) >= self.config.deployment.nodes
+        return resting if enough else quarantined
 
     def head(self, state: ServerState, durable_round: int) -> Head:
         """A state as nodes see it."""

@@ -119,7 +119,7 @@ def deployment(
         typer.Option(min=2, help="SuperNodes; repeated, several federations.", default_factory=lambda: [2, 8]),
     ],
     rounds: Annotated[int, typer.Option(min=3, help="Of which the median counts.")] = 5,
-    repetitions: Annotated[int, typer.Option(min=3, help="Of admission, of which the median counts.")] = 5,
+    repetitions: Annotated[int, typer.Option(min=3, help="Of the intake, of which the median counts.")] = 5,
     out: Out = None,
 ) -> None:
     """Rounds over real SuperNodes, with agents and without; bytes, memory, admission. Prints one JSON line."""

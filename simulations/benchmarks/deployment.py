@@ -6,7 +6,7 @@ messages. Our share is a round with agents, less one that does nothing.
 
 Bytes: what one user sends in a round, beside a dense LoRA of rank k; what a node is sent of a new pool.
 
-Memory and admission are the server's alone (`simulations/benchmarks/intake.py`).
+Memory, and replies taken in per second, are the server's alone (`simulations/benchmarks/intake.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from federation.pool.spec import SECTION_PREFIX
 from server.checkpoint import load_latest
 from server.history import read_history
 from server.live.folder import CHECKPOINTS_NAME, ROUNDS_NAME
-from simulations.benchmarks.intake import REPLIES, admission, memory
+from simulations.benchmarks.intake import REPLIES, Seconds, memory, speeds
 from simulations.deployment import START_SECONDS, Deployment
 
 EMPTY_APP = Path(__file__).parent / "empty_app"
@@ -39,12 +39,12 @@ RUN_SECONDS = 1200.0
 @dataclass(frozen=True)
 class Measured:
     """Seconds of each counted round by side and number of nodes; bytes by name; MiB by number of replies; seconds of
-    `REPLIES` admissions by kind of rows."""
+    the intake."""
 
     rounds: Mapping[str, Mapping[int, tuple[float, ...]]]
     sizes: Mapping[str, int]
     memory: Mapping[int, float | None]
-    admission: Mapping[str, tuple[float, ...]]
+    intake: Seconds
 
     @property
     def line(self) -> dict[str, Any]:
@@ -57,7 +57,10 @@ class Measured:
             "our_share_seconds": [round(seconds, 2) for seconds in share],
             **self.sizes,
             **{f"server_mib_{replies}": mib for replies, mib in self.memory.items()},
-            "admitted_per_second": {kind: round(REPLIES / median(of)) for kind, of in self.admission.items()},
+            **{
+                f"{side}_per_second": {kind: round(REPLIES / median(seconds)) for kind, seconds in of.items()}
+                for side, of in self.intake.items()
+            },
         }
 
     @property
@@ -70,18 +73,21 @@ class Measured:
             "rounds": {
                 side: {str(n): list(of) for n, of in by_nodes.items()} for side, by_nodes in self.rounds.items()
             },
+            "intake_seconds": {
+                side: {kind: list(seconds) for kind, seconds in of.items()} for side, of in self.intake.items()
+            },
         }
 
 
 def measure(nodes: Sequence[int], rounds: int, repetitions: int) -> Measured:
-    """All of it. rounds: counted ones of each federation. repetitions: of the measurement of admission."""
+    """All of it. rounds: counted ones of each federation. repetitions: of the measurement of the intake."""
     sizes: dict[str, int] = {}
     by_side: dict[str, dict[int, tuple[float, ...]]] = {"empty_app": {}, "agent": {}, "embedded": {}}
     for count in nodes:
         by_side["empty_app"][count] = empty_rounds(count, rounds)
         by_side["agent"][count], sizes = federation_rounds(count, rounds, agents=True)
         by_side["embedded"][count], _ = federation_rounds(count, rounds, agents=False)
-    return Measured(by_side, sizes, {replies: memory(replies) for replies in (10, 500)}, admission(repetitions))
+    return Measured(by_side, sizes, {replies: memory(replies) for replies in (0, 10, 500)}, speeds(repetitions))
 
 
 def demo(nodes: int, rounds: int) -> RunConfig:

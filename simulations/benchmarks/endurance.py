@@ -1,8 +1,9 @@
 """Twenty rounds over TLS while a SuperNode and the server are killed, beside the same rounds undisturbed.
 
-Two nodes with agents hold the demo's users. In the disturbed run one SuperNode is killed and started again until the
-SuperLink takes it back; later the SuperLink is killed, and with it the ServerApp: another one goes on from the
-checkpoint. Then both pools serve the same new users: what matters is whether they are worse off.
+Two nodes with agents hold the demo's users. In the disturbed run one SuperNode is killed in mid-round and started again
+until the SuperLink takes it back; later the SuperLink is killed in mid-round, the ServerApp with it: another goes on
+from the checkpoint. A third run is undisturbed and has another seed: what it differs by is noise. Then all pools serve
+the same new users: what matters is whether they are worse off than noise makes them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ from simulations.deployment import START_SECONDS, Deployment
 from simulations.statistics import Floats, clustered_error
 
 NODES, RUN_SECONDS = 2, 1800.0
+LOSSES = ("mask_loss", "tuned_loss")
+Disturb = Callable[[Deployment, Path, Callable[[], str]], str]
+"""What is done to a deployment, whose server keeps its state in a folder and whose run the last argument submits. Gives
+the run that comes to the end."""
 KILL_NODE, RETURN_NODE, KILL_SERVER = 5, 8, 13
 """The rounds after which it happens."""
 
@@ -40,7 +45,7 @@ KILL_NODE, RETURN_NODE, KILL_SERVER = 5, 8, 13
 class Endurance:
     """What both runs left: their rounds and evaluations, and each new user's losses under either pool.
 
-    loss_u: by run ("undisturbed", "disturbed") and metric, nats per token.
+    loss_u: by run and loss, nats per token.
     """
 
     rounds: Mapping[str, Sequence[Mapping[str, Any]]]
@@ -50,19 +55,19 @@ class Endurance:
 
     @property
     def line(self) -> dict[str, Any]:
-        """What the command prints. difference: disturbed less undisturbed, paired by user, and its standard error."""
-        differences = {
-            name: self.loss_u["disturbed"][name] - self.loss_u["undisturbed"][name]
-            for name in ("mask_loss", "tuned_loss")
-        }
-        errors = {name: clustered_error(values, self.groups_u) for name, values in differences.items()}
+        """What the command prints. difference: of losses, less those of the undisturbed run, paired by user: mean and
+        standard error."""
+        others = [run for run in self.loss_u if run != "undisturbed"]
         return {
             "rounds": {run: len(lines) for run, lines in self.rounds.items()},
             "users_admitted": {run: sum(line["admitted"] for line in lines) for run, lines in self.rounds.items()},
-            "difference": {name: float(values.mean()) for name, values in differences.items()},
-            "standard_error": errors,
             "gain": {run: _gains(losses) for run, losses in self.loss_u.items()},
+            "difference": {run: {name: self._difference(run, name) for name in LOSSES} for run in others},
         }
+
+    def _difference(self, run: str, name: str) -> tuple[float, float]:
+        differences = self.loss_u[run][name] - self.loss_u["undisturbed"][name]
+        return round(float(differences.mean()), 5), round(clustered_error(differences, self.groups_u), 5)
 
     @property
     def details(self) -> dict[str, Any]:
@@ -79,11 +84,11 @@ class Endurance:
 
 
 def measure(rounds: int) -> Endurance:
-    """Both runs, one after the other."""
+    """The runs, one after the other."""
     lines, evaluations, pools = {}, {}, {}
-    for name, disturb in (("undisturbed", _leave_alone), ("disturbed", _kill)):
+    for name, disturb, seed in RUNS:
         with tempfile.TemporaryDirectory() as folder:
-            state = _federation(Path(folder), rounds, disturb)
+            state = _federation(Path(folder), _overrides(rounds, seed), disturb)
             lines[name] = read_history(state / ROUNDS_NAME)
             evaluations[name] = read_history(state / EVALUATIONS_NAME)[-1]
             pools[name] = load_latest(state / CHECKPOINTS_NAME).tensors["values"]
@@ -93,16 +98,17 @@ def measure(rounds: int) -> Endurance:
 
 def demo(rounds: int) -> RunConfig:
     """The demo's model and users, every user visited often."""
-    return load_config(experiment_path("code"), _overrides(rounds))
+    return load_config(experiment_path("code"), _overrides(rounds, 0))
 
 
-def _overrides(rounds: int) -> list[str]:
-    federation = ["federation.cohort=16", f"federation.rounds={rounds}", "federation.shards=1", "gate.warmup=5"]
+def _overrides(rounds: int, seed: int) -> list[str]:
+    learning = [f"seed={seed}", "gate.warmup=5", "codec.rows=int8"]
+    federation = ["federation.cohort=16", f"federation.rounds={rounds}", "federation.shards=1"]
     deployment = ["deployment.nodes=1", "deployment.quorum=0.3", "deployment.round_seconds=30"]
-    return [*federation, *deployment, "codec.rows=int8", "evaluate.users=64", "evaluate.methods=[]"]
+    return [*learning, *federation, *deployment, "evaluate.users=64", "evaluate.methods=[]"]
 
 
-def _federation(folder: Path, rounds: int, disturb: Callable[[Deployment, Path, Callable[[], str]], str]) -> Path:
+def _federation(folder: Path, overrides: Sequence[str], disturb: Disturb) -> Path:
     """Runs the federation to its end; the folder of its state."""
     state = folder / "server"
     keys.make_keys(folder / "keys", NODES)
@@ -115,7 +121,7 @@ def _federation(folder: Path, rounds: int, disturb: Callable[[Deployment, Path, 
         deployment.wait_online(NODES)
 
         def submit() -> str:
-            return deployment.submit(experiment="code", set=" ".join(_overrides(rounds)), state=str(state))
+            return deployment.submit(experiment="code", set=" ".join(overrides), state=str(state))
 
         deployment.wait_finished(disturb(deployment, state, submit), RUN_SECONDS)
     return state
@@ -182,4 +188,11 @@ def _served(config: RunConfig, pools: Mapping[str, Values]) -> tuple[dict[str, d
 
 def _gains(losses: Mapping[str, Floats]) -> dict[str, float]:
     """What masks and tuning save against the frozen model, nats per token."""
-    return {name: float((losses["base_loss"] - losses[name]).mean()) for name in ("mask_loss", "tuned_loss")}
+    return {name: round(float((losses["base_loss"] - losses[name]).mean()), 5) for name in LOSSES}
+
+
+RUNS: Sequence[tuple[str, Disturb, int]] = (
+    ("undisturbed", _leave_alone, 0),
+    ("disturbed", _kill, 0),
+    ("another seed", _leave_alone, 1),
+)

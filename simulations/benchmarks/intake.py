@@ -1,14 +1,21 @@
-"""The server's side alone: how much memory replies take, and how many are admitted per second. Nodes are made up."""
+"""The server's side alone: the memory that replies take, and how many are taken in per second. Nodes are made up.
+
+What is timed is a round's `Intake`, over replies of one user each, on one thread, by the kind of their rows:
+
+| side     | strategy     | what it takes |
+|----------|--------------|---------------|
+| admitted | does nothing | each reply's digest, frames and ledger entry; its update decoded, checked and clipped |
+| taken_in | `MaskedMean` | the same, and lift and merge |
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +23,12 @@ from typing import Any
 import torch
 
 from federation import frames
-from federation.codec import decode_all, encode
+from federation.codec import encode
 from federation.config import RunConfig
 from federation.exchange import Contribution, Work
 from federation.formats import Kind, RowFormat
-from federation.update import Limits, Schema, Section, SectionSpec, UpdateBlock, admit
+from federation.state import metric_names
+from federation.update import Limits, Schema, Section, SectionSpec, UpdateBlock
 from server.admission.audit import AuditLog
 from server.admission.desk import Desk
 from server.admission.intake import Intake
@@ -31,44 +39,95 @@ from server.round import Rules
 from simulations.benchmarks.aggregation import POOL
 from simulations.benchmarks.clock import in_turns, one_thread
 from simulations.compute.environment import WORKER_ENVIRONMENT
-from simulations.compute.memory import private_memory, total
 from strategies.means import MaskedMean
+from strategies.protocol import State, Step, Strategy
 
 LIMITS = Limits({"pool": 1e6, "gate": 1e6})
-REPLIES, BLOCK = 512, 32
+REPLIES = 512
 KINDS: tuple[Kind, ...] = ("fp32", "int8")
-"""The same rows: 8 units of 8 modules and a gate, 128 KiB as fp32, 39 KiB as int8."""
+"""The same rows: 8 units of 8 modules and a gate, 128 KiB as fp32, 38 KiB as int8."""
 
 _MODULES, _RANK, _BUDGET, _WIDTH, _GATE = 8, 32, 8, 480, 2000
-_CONFIG = RunConfig.model_validate({"gate": {"policy": "all"}, "compute": {"block": 8}})
+_WORK = Work("benchmark", 1, 1, "r0")
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+Seconds = Mapping[str, Mapping[str, tuple[float, ...]]]
+"""By side and kind of rows: for `REPLIES` replies, in each repetition."""
 
 
-def admission(repetitions: int) -> dict[str, tuple[float, ...]]:
-    """Seconds for `REPLIES` replies by the kind of their rows, on one thread, in a process that keeps freed memory.
+class Nothing:
+    """A strategy that does nothing: what is left of an intake is admission."""
 
-    For each: its digest taken, its frames split, then in blocks decoded, checked and clipped; what is left is lifting.
-    """
-    taken: dict[str, list[float]] = _in_a_process(f"admit_in_turns({repetitions})", WORKER_ENVIRONMENT)
-    return {kind: tuple(seconds) for kind, seconds in taken.items()}
+    linear_memory = False
+
+    def init(self, schema: Schema) -> State:
+        return State(schema)
+
+    def lift(self, block: UpdateBlock, state: State) -> None:
+        """Makes nothing of updates."""
+
+    def merge(self, a: None, b: None) -> None:
+        """Has nothing to merge."""
+
+    def finish(self, partial: None, state: State) -> tuple[Step, State]:
+        return Step({}), state
 
 
-def admit_in_turns(repetitions: int) -> None:
-    """Prints the seconds of each kind and repetition."""
-    payloads = {kind: _update(_schema(), kind, ("support_loss",), seed=0) for kind in KINDS}
-    sides = {kind: partial(_admit_all, _schema(), payloads[kind]) for kind in KINDS}
+def speeds(repetitions: int) -> Seconds:
+    """Measured in turns, in a process that keeps freed memory, as workers do."""
+    taken: Seconds = _in_a_process(f"in_turns_here({repetitions}, {REPLIES})", WORKER_ENVIRONMENT)
+    return {side: {kind: tuple(seconds) for kind, seconds in of.items()} for side, of in taken.items()}
+
+
+def in_turns_here(repetitions: int, replies: int) -> Seconds:
+    """Of so many replies, in this process."""
+    schema, config = _schema(), _config(block=32)
+    strategies: dict[str, Strategy[Any]] = {"admitted": Nothing(), "taken_in": MaskedMean()}
+    sent = {kind: _always(_reply(schema, kind, seed=0)) for kind in KINDS}
+    work = {
+        (side, kind): partial(_serve, replies, reply_of, Rules(schema, strategy, {}, LIMITS), config)
+        for kind, reply_of in sent.items()
+        for side, strategy in strategies.items()
+    }
     with one_thread():
-        print(json.dumps(in_turns(sides, repetitions)))
+        taken = in_turns(work, repetitions)
+    return {side: {kind: taken[side, kind] for kind in KINDS} for side in strategies}
 
 
 def memory(replies: int) -> float | None:
-    """The most private memory, in MiB, of a process that takes in so many replies of 0.9 MB each."""
-    most: float | None = _in_a_process(f"take_in({replies})", {})
-    return most
+    """`take_in` in a process of its own."""
+    mib: float | None = _in_a_process(f"take_in({replies})", {})
+    return mib
+
+
+def take_in(replies: int) -> float | None:
+    """The most private memory, in MiB, of this process while it takes in so many replies of 0.9 MB, one user each.
+
+    None where the system does not tell.
+    """
+    rules = Rules(Schema(POOL.sections(max_rows=_BUDGET)), MaskedMean(), {}, LIMITS)
+    with one_thread():
+        return _peak_mib(partial(_serve, replies, partial(_reply, rules.schema, "fp32"), rules, _config(block=8)))
+
+
+def _peak_mib(work: Callable[[], object]) -> float | None:
+    """By the kernel's own mark, which misses no moment; without pages of files, as in `simulations/compute/memory.py`.
+
+    None where there is no such mark.
+    """
+    try:
+        _CLEAR_REFS.write_text("5")  # the mark starts anew
+    except OSError:
+        return None
+    work()
+    status = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    mib = {field: int(status[field].split()[0]) / 1024 for field in ("VmHWM", "RssFile", "RssShmem")}
+    return round(mib["VmHWM"] - mib["RssFile"] - mib["RssShmem"], 1)
 
 
 def _in_a_process(call: str, environment: Mapping[str, str]) -> Any:
-    """What a call of one of these functions prints."""
-    code = f"from simulations.benchmarks import intake; intake.{call}"
+    """What a call of one of these functions returns, as JSON."""
+    code = f"import json; from simulations.benchmarks import intake; print(json.dumps(intake.{call}))"
     return json.loads(
         subprocess.run(
             [sys.executable, "-c", code],
@@ -81,24 +140,21 @@ def _in_a_process(call: str, environment: Mapping[str, str]) -> Any:
     )
 
 
-def take_in(replies: int) -> None:
-    """Prints the most memory that this process holds while it takes in replies, one user each."""
-    torch.set_num_threads(1)
-    schema = Schema(POOL.sections(max_rows=_BUDGET))
-    work = Work("benchmark", 1, 1, "r0")
-    plan = Plan(work, tuple(Seat(node, (0,), node) for node in range(replies)))
-    rules = Rules(schema, MaskedMean(), {}, LIMITS)
-    most = 0.0
+def _serve(replies: int, reply_of: Callable[[int], bytes], rules: Rules, config: RunConfig) -> None:
+    """A round's intake of one reply from each node."""
+    plan = Plan(_WORK, tuple(Seat(node, (0,), node) for node in range(replies)))
     with tempfile.TemporaryDirectory() as folder:
-        desk = Desk(_CONFIG, AuditLog(Path(folder) / "audit.jsonl"))
-        intake = Intake(plan, rules, rules.strategy.init(schema), InProcessLifter(), desk, _CONFIG)
+        desk = Desk(config, AuditLog(Path(folder) / "audit.jsonl"))
+        intake = Intake(plan, rules, rules.strategy.init(rules.schema), InProcessLifter(), desk, config)
         while wanted := intake.wanted:
             for node in wanted:
-                payload = frames.join([_update(schema, "fp32", ("support_loss", "active_share"), seed=node)])
-                intake.take(Parcel(str(node), node, Contribution(work, {}, payload), len(payload)))
-                most = max(most, total(private_memory()) or 0.0)
+                payload = reply_of(node)
+                intake.take(Parcel(str(node), node, Contribution(_WORK, {}, payload), len(payload)))
         assert intake.close().admitted == replies
-    print(json.dumps(most or None))
+
+
+def _config(block: int) -> RunConfig:
+    return RunConfig.model_validate({"gate": {"policy": "all"}, "compute": {"block": block}})
 
 
 def _schema() -> Schema:
@@ -107,7 +163,13 @@ def _schema() -> Schema:
     return Schema({**modules, "gate": SectionSpec(1, {"phi": _GATE}, 1)})
 
 
-def _update(schema: Schema, kind: Kind, metrics: Sequence[str], seed: int) -> bytes:
+def _always(reply: bytes) -> Callable[[int], bytes]:
+    """The same reply of every node."""
+    return lambda node: reply
+
+
+def _reply(schema: Schema, kind: Kind, seed: int) -> bytes:
+    """A node's reply for one user, who sends as many rows as it may."""
     generator = torch.Generator().manual_seed(seed)
     sections = {
         name: Section(
@@ -117,18 +179,6 @@ def _update(schema: Schema, kind: Kind, metrics: Sequence[str], seed: int) -> by
         )
         for name, spec in schema.sections.items()
     }
-    block = UpdateBlock(sections, torch.ones(1), {name: torch.ones(1) for name in metrics}, 1, "r0")
-    return encode(block, 0, schema, {"pool": RowFormat(kind), "gate": RowFormat("fp32")})
-
-
-def _admit_all(schema: Schema, payload: bytes) -> None:
-    reply = frames.join([payload])
-    for start in range(0, REPLIES, BLOCK):
-        arrived = []
-        for _ in range(start, start + BLOCK):
-            hashlib.sha256(reply).digest()
-            arrived += frames.split(reply, 1, 2**24)
-        block, faults = decode_all(arrived, schema, "r0", ("support_loss",), round_index=1)
-        _, rejections = admit(block, schema, LIMITS)
-        assert not faults
-        assert not rejections
+    metrics = {name: torch.ones(1) for name in metric_names(_config(block=1).gate, _WORK.round_index)}
+    block = UpdateBlock(sections, torch.ones(1), metrics, _WORK.round_index, _WORK.version)
+    return frames.join([encode(block, 0, schema, {"pool": RowFormat(kind), "gate": RowFormat("fp32")})])

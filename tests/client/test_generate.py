@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from client.adapt import row_gradients
 from client.generate import Sampling, context_of, fitting, generate, streamed_text
-from federation.errors import ConfigError
+from federation.errors import ConfigError, NodeError
 from federation.pool.model import PooledModel
 from tests import models
 
@@ -52,6 +52,23 @@ def plain_continuation(make, rows: dict[str, torch.Tensor], sampling: Sampling) 
             probabilities = (logits / sampling.temperature).exp()
             text.append(int(torch.multinomial(probabilities / probabilities.sum(), 1, generator=generator)))
     return text[len(PROMPT) :]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-12])
+def test_a_tiny_temperature_takes_the_likeliest_token(temperature: float) -> None:
+    model = pooled(models.gpt2)
+    rows = rows_for(model, 1)
+    greedy = list(generate(model, rows, PROMPT, Sampling(6)))
+    assert list(generate(model, rows, PROMPT, Sampling(6, temperature, seed=2))) == greedy
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_model_without_numbers_writes_nothing(temperature: float, wrong: float) -> None:
+    model = pooled(models.gpt2)
+    rows = {name: torch.full_like(row, wrong) for name, row in rows_for(model, 1).items()}
+    with pytest.raises(NodeError, match=r"logits are numbers, the largest .* is (nan|inf); personalise the user again"):
+        next(generate(model, rows, PROMPT, Sampling(3, temperature)))
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from client.evaluate import user_losses
-from client.node import STORE_SHARDS, Node, NodeConfig, software_version
+from client.node import Node, NodeConfig, software_version
 from client.personal_store import Kept, PersonalStore
 from client.round import RoundState
 from client.state import UserBlock
-from client.store import UserStore, shard_of
+from client.store import UserStore
+from client.stores import STORE_SHARDS
 from federation.codec import decode
-from federation.config import RunConfig
+from federation.config import PopulationConfig, RunConfig
 from federation.errors import ConfigError, FedquiltWarning, NodeError, StoreError
 from federation.exchange import Contribution, Description, Instructions, Letter, Measures, Refusal
 from federation.frames import split
@@ -34,6 +35,7 @@ from simulations.compute.worker import Broadcast, Worker, perform, run_chunk
 from simulations.methods import known_methods
 from simulations.serve import Plan, Trained, propose_masks, serve_block
 from simulations.setup import Setup
+from tests import models
 from tests.simulations.tiny import tiny_config
 
 INT8 = "codec={rows='int8'}"
@@ -275,17 +277,21 @@ def test_federations_do_not_meet(tmp_path: Path) -> None:
     assert sorted(folder.name for folder in (tmp_path / "federations").iterdir()) == ["other", "third", "tiny"]
 
 
-def test_a_damaged_shard_is_set_aside_with_a_warning_and_its_users_begin_anew(tmp_path: Path) -> None:
+def test_a_damaged_shard_is_set_aside_with_a_warning_and_its_users_begin_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log has each warning, of which Python may show the first alone."""
     config, pool = config_of(), pool_of(config_of())
-    users = np.arange(12)
+    data = tmp_path / "federations/tiny/users/shard-0000/data.mdb"
     with opened(config, tmp_path, pool) as node:
-        node.train(ask(pool, users, 1))
-    lost = shard_of(users, 4) == 2
-    with (tmp_path / "federations/tiny/users/shard-0002/data.mdb").open("r+b") as file:
-        file.write(bytes(2 * 4096))
-    with opened(config, tmp_path) as node, pytest.warns(FedquiltWarning, match=r"shard 2 of .*users .*begin anew"):
-        node.train(ask(pool, users, 2))
-    assert visits(tmp_path, *users) == np.where(lost, 1, 2).tolist()
+        node.train(ask(pool, range(5), 1))
+    for times in (1, 2):
+        with data.open("r+b") as file:
+            file.write(bytes(2 * 4096))
+        with opened(config, tmp_path) as node, pytest.warns(FedquiltWarning, match=r"shard 0 of .*users .*begin anew"):
+            node.train(ask(pool, range(5), 2))
+        assert caplog.text.count("begin anew") == times
+    assert visits(tmp_path, *range(5)) == [1] * 5
 
 
 # -------------------------------------------------------------------------------- evaluation
@@ -374,6 +380,8 @@ def test_a_forgotten_user_is_in_no_store_and_takes_part_in_nothing_more(tmp_path
         assert not node.holds(3)
         with pytest.raises(NodeError, match=r"'train': 59"):
             node.user_id("3")
+        with pytest.raises(NodeError, match=r"one of whom it keeps something, 3 is neither; .*forgotten already"):
+            node.forget(3)
         assert node.forget(50) == (False, 0)
     assert visits(tmp_path, *range(6)) == [1, 1, 1, 0, 1, 1]
     with opened(config, tmp_path) as node:
@@ -396,7 +404,50 @@ def test_forgetting_that_was_stopped_is_done_again(tmp_path: Path, monkeypatch: 
         assert not node.holds(3)
 
 
+def test_a_user_whose_data_is_gone_is_forgotten_by_what_is_kept(tmp_path: Path) -> None:
+    config, pool = config_of(), pool_of(config_of())
+    gone = {"train_users": 60, "new_users": 20} | config.population.options
+    fewer = config.model_copy(
+        update={"population": PopulationConfig(name="synthetic", options={**gone, "train_users": 3, "new_users": 0})}
+    )
+    with opened(config, tmp_path, pool) as node:
+        node.train(ask(pool, [0, 4, 7]))
+        for user in (4, 5):
+            node.personal.put(user, Kept(pool.version, b"values"))
+    with opened(fewer, tmp_path) as node:
+        assert node.known_id("4") == 4
+        with pytest.raises(NodeError, match="'ann' is none of them"):
+            node.known_id("ann")
+        assert node.forget(4) == (True, 1)
+        assert node.forget(5) == (True, 0)
+        assert node.forget(7) == (False, 1)
+        with pytest.raises(NodeError, match="6 is neither") as raised:
+            node.forget(6)
+        assert raised.value.fault == "unknown users"
+    assert visits(tmp_path, 0, 4, 7) == [1, 0, 0]
+    with opened(config, tmp_path) as node:
+        assert [node.holds(user) for user in (4, 5, 6, 7)] == [False, False, True, False]
+
+
 # -------------------------------------------------------------------------------- the model
+
+
+def test_a_base_of_tanh_gelus_has_the_same_bits_before_and_after_it_is_wrapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are scaled up, so that one changed bit of an activation is seen in a loss."""
+    config = config_of("pool.target_modules=['c_attn', 'c_fc']")
+    base = models.gpt2()
+    for parameter in base.module.parameters():
+        if parameter.dim() == 2:
+            parameter.data *= 20
+    inputs, targets = models.batch_for(base, 30, 2).flat()
+    with opened(config, tmp_path) as node:
+        monkeypatch.setattr(type(node.population), "base_model", lambda _: base)
+        node._model._load = node.population.base_model
+        before = base.loss(node.base_model().module, inputs, targets)
+        task = node.task(config.task)
+        assert_same(base.loss(task.model.base.module, inputs, targets), before)
 
 
 def test_the_base_is_the_same_before_and_after_it_is_wrapped(tmp_path: Path) -> None:
@@ -461,9 +512,8 @@ def test_what_users_values_refer_to_is_kept(tmp_path: Path) -> None:
 def test_no_model_is_loaded_before_there_is_work_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, pool = config_of(), pool_of(config_of())
     with opened(config, tmp_path) as node:
-        monkeypatch.setattr(type(node.population), "base_model", None)
-        assert isinstance(node.answer(Letter("describe")), Description)
-        assert isinstance(node.answer(Letter("release", ask(pool, []), pool.to_bytes())), Description)
+        monkeypatch.setattr(node, "_model", None)
+        assert isinstance(node.answer(Letter("describe", pool=pool.to_bytes())), Description)
         lacking = node.answer(Letter("train", ask(replace(pool, round_index=7), [0])))
         assert isinstance(lacking, Refusal)
         assert lacking.fault == "lacks version"
@@ -509,15 +559,106 @@ def test_users_that_are_not_there_are_refused_before_anything_is_done(tmp_path: 
     assert not (tmp_path / "federations").exists()
 
 
-@pytest.mark.parametrize("changed", ["pool.scale=3.0", "pool.target_modules=['fc1']"])
-def test_a_model_is_wrapped_once(tmp_path: Path, changed: str) -> None:
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("pool.scale=3.0", r"scale 3\.0 around 2 layers \(fc1, fc2\)"),
+        ("pool.target_modules=['fc1']", r"1 layers \(fc1\)"),
+    ],
+)
+def test_a_model_is_wrapped_once(tmp_path: Path, changed: str, said: str) -> None:
     config, pool = config_of(), pool_of(config_of())
-    other = config_of(changed)
-    with opened(config, tmp_path, pool) as node:
+    other = pool_of(config_of(changed), 1)
+    with opened(config, tmp_path, pool, other) as node:
         node.train(ask(pool, [0]))
-        with pytest.raises(NodeError, match=r"pool\.scale and pool\.target_modules .*restart the node") as raised:
-            node.train(ask(pool, [0], 3, task=other.task.model_dump_json()))
-        assert raised.value.fault == "failed"
+        for work in (lambda: node.train(ask(other, [0], 3)), lambda: node.adopt(other.version)):
+            with pytest.raises(NodeError, match=rf"wrapped once, .*scale 1\.0 .*{said}; restart the node") as raised:
+                work()
+            assert raised.value.fault == "failed"
+        assert node.release == ""
+        node.train(ask(pool, [0], 3))
+
+
+@pytest.mark.parametrize("modules", [["fc2", "fc1"], ["fc1", "fc2"], ["fc1", "fc2", "nothing"]])
+def test_the_models_own_layers_may_be_named(tmp_path: Path, modules: list[str]) -> None:
+    config, pool = config_of(), pool_of(config_of())
+    named = config_of(f"pool.target_modules={modules!r}")
+    with opened(config, tmp_path, pool) as node:
+        once = node.train(ask(pool, [0]))
+        assert node.train(ask(pool, [0], task=named.task.model_dump_json())).payload == once.payload
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("pool.target_modules=['fc1', 'norm']", "only nn.Linear"),
+        ("pool.target_modules=['none']", "match no linear layer"),
+        ("pool.target_modules=['fc1']", "section 'gate' should be ((1, 167)"),
+        ("pool.scale=3.0", "a task has the pool.scale that its pool was trained with, 1.0 for"),
+        ("local.steps=1001", "a task's local.steps is at most limits.steps of the node, 1000, it is 1001; lower it"),
+    ],
+)
+def test_a_wrong_task_leaves_the_model_as_it_was(tmp_path: Path, changed: str, said: str) -> None:
+    """The next task, which is the right one, is done."""
+    config, pool = config_of(), pool_of(config_of())
+    wrong = config_of(changed).task.model_dump_json()
+    with opened(config, tmp_path / "calm", pool) as node:
+        undisturbed = node.train(ask(pool, [0])).payload
+    with opened(config, tmp_path / "wrong", pool) as node:
+        module = node.base_model().module
+        module.norm = nn.LayerNorm(2)
+        refused = node.answer(Letter("train", ask(pool, [0], task=wrong)))
+        assert isinstance(refused, Refusal)
+        assert (refused.fault, said in refused.message) == ("failed", True), refused.message
+        assert [type(child) for child in module.children()] == [nn.Linear, nn.Linear, nn.LayerNorm]
+        assert node.train(ask(pool, [0])).payload == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("changed", "limit"),
+    [
+        ("personal.steps=11", "steps"),
+        ("local.examples=41", "examples"),
+        ("local.gain_examples=41", "examples"),
+        ("local.query_examples=41", "examples"),
+        ("personal.examples=41", "examples"),
+        ("personal.gain_examples=41", "examples"),
+        ("gate.samples=6", "samples"),
+    ],
+)
+def test_the_owner_limits_what_a_server_asks_of_the_device(tmp_path: Path, changed: str, limit: str) -> None:
+    config, greedy = config_of(), config_of(changed)
+    pool, other = pool_of(config), pool_of(greedy, 1)
+    name, _, value = changed.partition("=")
+    limits = {"steps": 10, "examples": 40, "samples": 5}
+    with opened(config, tmp_path, pool, other, limits=limits) as node:
+        said = f"a task's {name} is at most limits.{limit} of the node, {limits[limit]}, it is {value}; lower it"
+        calls = (
+            lambda: node.train(ask(other, [0])),
+            lambda: node.adopt(other.version),
+            lambda: node.loaded(other.version),
+            lambda: node.task(greedy.task),
+        )
+        for call in calls:
+            with pytest.raises(NodeError, match=said) as raised:
+                call()
+            assert raised.value.fault == "failed"
+        node.adopt(pool.version)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_pool_that_cannot_serve_is_not_adopted(tmp_path: Path, value: float) -> None:
+    config, good = config_of(), pool_of(config_of())
+    spoilt = dict(good.values) | {"pool/fc2": good.values["pool/fc2"].clone().fill_(value)}
+    alien = PoolFile(9, {"pool/x": torch.zeros(2, 3)}, good.task)
+    with opened(config, tmp_path, good) as node:
+        node.adopt(good.version)
+        for pool, said in ((PoolFile(8, spoilt, good.task), "values are finite, section 'pool/fc2'"),
+                           (alien, "section 'gate' should be")):  # fmt: skip
+            refused = node.answer(Letter("release", ask(pool, []), pool.to_bytes()))
+            assert isinstance(refused, Refusal)
+            assert (refused.fault, said in refused.message) == ("failed", True)
+            assert node.release == good.version
 
 
 def test_a_pool_of_another_rank_fits_the_same_model(tmp_path: Path) -> None:
@@ -550,7 +691,13 @@ def test_a_pool_that_is_not_the_tasks_is_refused(tmp_path: Path, change: Any, sa
 
 
 @pytest.mark.parametrize(
-    ("task", "said"), [("{", "a task is JSON"), ('{"pol": 1}', "unknown key 'pol'"), ("[]", "TaskConfig")]
+    ("task", "said"),
+    [
+        ("{", "a task is JSON"),
+        ("[" * 100_000, "a task is JSON"),
+        ('{"pol": 1}', "unknown key 'pol'"),
+        ("[]", "TaskConfig"),
+    ],
 )
 def test_a_task_that_is_none_is_refused(tmp_path: Path, task: str, said: str) -> None:
     config, pool = config_of(), pool_of(config_of())
@@ -636,9 +783,36 @@ def test_a_folder_that_a_node_makes_is_its_owners_alone(tmp_path: Path) -> None:
         assert (tmp_path / "above" / "state").stat().st_mode & 0o777 == 0o700
 
 
+def test_what_a_node_keeps_is_its_owners_alone(tmp_path: Path) -> None:
+    pool = pool_of(config_of())
+    with opened(config_of(), tmp_path / "state", pool) as node:
+        node.train(ask(pool, [0]))
+        node.personal.put(0, Kept(pool.version, b"values"))
+    files = [path for path in (tmp_path / "state").rglob("*") if path.is_file()]
+    assert {"data.mdb", "store.json"} < {path.name for path in files}
+    assert all(path.stat().st_mode & 0o077 == 0 for path in files)
+
+
+@pytest.mark.parametrize("mode", [0o750, 0o701, 0o755])
+def test_a_state_folder_that_others_may_look_into_is_refused(tmp_path: Path, mode: int) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    state.chmod(mode)
+    with pytest.raises(ConfigError, match=rf"its owner alone \(mode 700\), {state} .* mode {mode:o}; chmod 700 it"):
+        Node(node_config(config_of(), state))
+    assert list(state.iterdir()) == []
+
+
+def test_what_writers_that_died_have_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".partial-release.json-1").write_bytes(b"")
+    (tmp_path / ".partial-personal-2").mkdir()
+    with opened(config_of(), tmp_path):
+        assert not list(tmp_path.glob(".partial-*"))
+
+
 def test_a_state_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"state names a node's folder, .*file/state cannot be made .*give another"):
+    with pytest.raises(ConfigError, match=r"state names a node's folder, .*file/state cannot be used .*give another"):
         Node(node_config(config_of(), tmp_path / "file" / "state"))
 
 

@@ -78,6 +78,11 @@ class Named(SyntheticPopulation):
             raise PopulationError(f"nobody is called {name!r}")
         return {"ann": 4, "bo": 50}[name]
 
+    def stored_id(self, name: str) -> int:
+        if name == "":
+            raise PopulationError("a name has letters")
+        return len(name)
+
 
 def test_users_go_by_their_names_where_they_have_any() -> None:
     own = OwnUsers.of(Named(train_users=60, new_users=20), 0, 2, NOBODY)
@@ -85,3 +90,14 @@ def test_users_go_by_their_names_where_they_have_any() -> None:
     for name in ("bo", "4", "cy"):  # of another node, an id, nobody
         with pytest.raises(NodeError, match=f"{name!r} is none of them"):
             own.id_of(name)
+
+
+def test_a_name_stands_for_an_id_whether_or_not_its_data_is_here() -> None:
+    named = OwnUsers.of(Named(train_users=60, new_users=20), 0, 2, NOBODY)
+    assert [named.known_id(name) for name in ("ann", "4", "someone")] == [3, 1, 7]
+    numbered = OwnUsers.of(population(), 1, 2, NOBODY)
+    assert [numbered.known_id(name) for name in ("0", "31", "99999", str(2**63 - 1))] == [0, 31, 99999, 2**63 - 1]
+    for own, name in ((named, ""), (numbered, "ann"), (numbered, str(2**63)), (numbered, "-1")):
+        with pytest.raises(NodeError, match=f"{name!r} is none of them") as raised:
+            own.known_id(name)
+        assert raised.value.fault == "unknown users"

@@ -214,4 +214,3 @@ def test_what_was_put_outlives_a_kill(tmp_path: Path) -> None:
     os.waitpid(child, 0)
     with PersonalStore(tmp_path / "personal") as store:
         assert store.get(3) == Kept("r1-aa", b"payload")
-        assert store.disk_bytes > 0

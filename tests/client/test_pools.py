@@ -12,7 +12,7 @@ import torch
 
 from client.pools import NEWEST, Pools
 from federation.config import TaskConfig
-from federation.errors import FedquiltWarning, NodeError, PoolError
+from federation.errors import FedquiltWarning, NodeError, PoolError, PoolFormatError
 from federation.pool.file import PoolFile
 
 
@@ -93,7 +93,9 @@ def test_what_is_not_kept_is_lacking(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "another", "emptied"])
-def test_a_damaged_file_is_removed_loudly_and_lacking(tmp_path: Path, how: str) -> None:
+def test_a_damaged_file_is_set_aside_loudly_and_lacking(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
     version, other = keep(Pools(tmp_path), 1, 2)
     path = file_of(tmp_path, version)
     whole = path.read_bytes()
@@ -106,14 +108,59 @@ def test_a_damaged_file_is_removed_loudly_and_lacking(tmp_path: Path, how: str) 
     path.write_bytes(damaged[how])
     pools = Pools(tmp_path)
     with (
-        pytest.warns(FedquiltWarning, match=rf"{version}.safetensors is damaged .*removed"),
+        pytest.warns(FedquiltWarning, match=rf"{version}.safetensors is damaged .*set aside as {path.name}.damaged-1"),
         pytest.raises(NodeError) as raised,
     ):
         pools.read(version)
     assert raised.value.fault == "lacks version"
     assert pools.versions == (other,)
+    assert "is damaged" in caplog.text
     pools.keep(whole)
     assert pools.read(version).round_index == 1
+    path.write_bytes(damaged[how])
+    with pytest.warns(FedquiltWarning, match=rf"{path.name}.damaged-2"), pytest.raises(NodeError):
+        Pools(tmp_path).read(version)
+    assert [path.with_name(f"{path.name}.damaged-{number}").read_bytes() for number in (1, 2)] == [damaged[how]] * 2
+
+
+@pytest.mark.parametrize("change", [(b"fedquilt pool 1", b"fedquilt pool 2"), (b"seed", b"sead")])
+def test_a_file_of_another_release_stays_and_is_refused(tmp_path: Path, change: tuple[bytes, bytes]) -> None:
+    """After an upgrade or its undoing; users' values may refer to it."""
+    pools = Pools(tmp_path)
+    (version,) = keep(pools, 1)
+    pools.pin([version])
+    path = file_of(tmp_path, version)
+    whole = path.read_bytes()
+    path.write_bytes(other := whole.replace(*change))
+    assert other != whole
+    pools = Pools(tmp_path)
+    for call in (pools.read, pools.adopt):
+        with pytest.raises(PoolFormatError, match=rf"{path.name} stays as it is: .*use (its|the) release"):
+            call(version)
+    assert path.read_bytes() == other
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    with pytest.raises(PoolFormatError):
+        pools.keep(other)
+    assert pools.keep(whole) == version  # the same values from a server of this release
+    assert pools.read(version).round_index == 1
+
+
+def test_what_was_dropped_is_not_adopted_from_memory(tmp_path: Path) -> None:
+    pools = Pools(tmp_path)
+    first, _, _ = keep(pools, 1, 2, 3)
+    pools.read(first)
+    keep(pools, 4)
+    with pytest.raises(NodeError, match=f"does not keep the pool {first}"):
+        pools.adopt(first)
+    assert pools.release == ""
+
+
+def test_what_a_node_keeps_is_its_owners_alone(tmp_path: Path) -> None:
+    (tmp_path / "node").mkdir()
+    pools = Pools(tmp_path / "node")
+    pools.adopt(*keep(pools, 1))
+    for path in (tmp_path / "node").rglob("*"):
+        assert path.stat().st_mode & 0o077 == 0
 
 
 def test_a_file_that_cannot_be_read_is_an_error_and_stays(tmp_path: Path) -> None:

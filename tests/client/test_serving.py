@@ -1,10 +1,9 @@
-"""Serving against a simulation, transformers' own generation and plain formulas; releases and forgetting."""
+"""Serving against a simulation and plain formulas; releases, rebasing and forgetting."""
 
 from __future__ import annotations
 
 import json
-import math
-import threading
+import shutil
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,11 +19,10 @@ from client.node import Node, NodeConfig
 from client.personal_store import Kept
 from client.pools import NEWEST
 from client.serving import CANNOT_UNDO, Forgotten, Rebased, Serving, ServingStatus
-from federation.config import PopulationConfig, RunConfig, TaskConfig, parse
-from federation.errors import ConfigError, FedquiltWarning, NodeError, StoreError
-from federation.exchange import Instructions
+from federation.config import PopulationConfig, RunConfig, parse
+from federation.data import texts
+from federation.errors import NodeError, StoreError
 from federation.pool.file import PoolFile
-from federation.state import initial_values
 from federation.streams import Streams
 from server.round import from_checkpoint
 from simulations.compute.worker import Worker
@@ -33,42 +31,18 @@ from simulations.methods import known_methods
 from simulations.personal import personal_rows
 from simulations.runs import MAIN, run
 from simulations.serve import Trained, propose_masks, start_of
-from tests.bases import UNICODE_TEXT, save_base
-
-SYNTHETIC = {
-    "name": "synthetic",
-    "options": {"train_users": 9, "new_users": 4, "widths": [8, 12, 4], "rank": 8, "budget": 2, "types": 3},
-}
-TASK = {
-    "pool": {"rank": 8, "scale": 1.0},
-    "gate": {"budget": 2, "warmup": 1, "hidden": 6, "factors": 4, "embedding": 3, "samples": 3},
-    "local": {"steps": 2, "learning_rate": 0.05},
-    "personal": {"steps": 4, "learning_rate": 0.05, "examples": 4, "gain_examples": 8, "rows": {"rows": "int8"}},
-}
-
-
-def task_config(**changes: object) -> TaskConfig:
-    return parse(TaskConfig, TASK | changes)
-
-
-def pool_of(node: Node, config: TaskConfig, round_index: int, noise: float = 0.2) -> PoolFile:
-    """A pool as if it had been trained: every row is at work, and the gate is not the saliency rule."""
-    task = node.task(config)
-    first = initial_values(task.model.spec, task.gate, task.schema, Streams(1))
-    generator = torch.Generator().manual_seed(round_index)
-    values = {name: rows + noise * torch.randn(rows.shape, generator=generator) for name, rows in first.items()}
-    return PoolFile(round_index, values, config)
-
-
-def released(node: Node, round_index: int = 3, config: TaskConfig | None = None, noise: float = 0.2) -> str:
-    """The version of a pool that the node now serves."""
-    version = node.keep(pool_of(node, config or task_config(), round_index, noise).to_bytes())
-    node.adopt(version)
-    return version
-
-
-def opened(folder: Path, population: dict[str, object] = SYNTHETIC) -> Node:
-    return Node(NodeConfig(population=parse(PopulationConfig, population), state=folder))
+from tests.client.served import (
+    SYNTHETIC,
+    TASK,
+    equal,
+    instructions,
+    opened,
+    pool_of,
+    released,
+    rows_of,
+    task_config,
+    users_with_texts,
+)
 
 
 @pytest.fixture
@@ -76,16 +50,6 @@ def node(tmp_path: Path) -> Iterator[Node]:
     made = opened(tmp_path / "state")
     yield made
     made.close()
-
-
-def rows_of(serving: Serving, user: str) -> dict[str, Tensor]:
-    rows = serving.model_of(user).rows
-    assert rows is not None
-    return dict(rows)
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def query_loss(node: Node, user_id: int, rows: dict[str, Tensor]) -> float:
@@ -265,6 +229,51 @@ def test_tuning_that_diverges_keeps_what_there_was(node: Node) -> None:
     assert equal(rows_of(serving, "2"), rows)
 
 
+def pass_on(node: Node) -> str:
+    """Three heads and a release more: nothing before them is kept for being new. Returns the release's version."""
+    for round_index in range(20, 20 + NEWEST):
+        node.keep(pool_of(node, task_config(), round_index).to_bytes())
+    return released(node, 30)
+
+
+def test_the_release_of_a_user_that_is_tuned_is_kept_whatever_arrives(
+    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving, tune = Serving(node), client.serving.personal_values
+    first = released(node)
+
+    def tuned_slowly(*args: object) -> object:
+        pass_on(node)
+        return tune(*args)
+
+    monkeypatch.setattr(client.serving, "personal_values", tuned_slowly)
+    assert serving.personalize("2").version == first
+    rows = rows_of(serving, "2")
+    node.close()
+    again = opened(tmp_path / "state")
+    assert equal(rows_of(Serving(again), "2"), rows)
+    again.close()
+
+
+def test_a_pool_that_is_lost_while_a_user_is_tuned_changes_nothing(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving, tune = Serving(node), client.serving.personal_values
+    released(node)
+    serving.personalize("2")
+    had = node.personal.get(2)
+    lost = released(node, 4)
+
+    def losing(*args: object) -> object:
+        (node.config.state / "pools" / f"{lost}.safetensors").unlink()
+        return tune(*args)
+
+    monkeypatch.setattr(client.serving, "personal_values", losing)
+    with pytest.raises(NodeError, match=f"{lost} is not kept any longer; nothing was changed, ask again") as error:
+        serving.personalize("2")
+    assert error.value.fault == "lacks version"
+    assert node.personal.get(2) == had
+    assert json.loads((node.config.state / "release.json").read_text())["pinned"] == sorted(node.personal.versions())
+
+
 # -------------------------------------------------------------------------------- rebasing
 
 
@@ -307,6 +316,24 @@ def test_the_margin_is_of_the_loss_on_the_query_part(node: Node) -> None:
     assert serving.rebase(other, margin=1.01 * worse) == Rebased(1, 0)
 
 
+def test_the_release_that_users_move_to_is_kept_whatever_arrives(
+    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving, batch = Serving(node), node.batch
+    released(node)
+    for user in ("2", "3"):
+        serving.personalize(user)
+    second = released(node, 4)
+    monkeypatch.setattr(node, "batch", lambda *args: (pass_on(node), batch(*args))[1])
+    assert serving.rebase(second, margin=1e9) == Rebased(2, 0)
+    rows = rows_of(serving, "2")
+    node.close()
+    again = opened(tmp_path / "state")
+    assert again.personal.versions() == {second}
+    assert equal(rows_of(Serving(again), "2"), rows)
+    again.close()
+
+
 def test_values_of_another_shape_stay(node: Node) -> None:
     serving = Serving(node)
     first = released(node)
@@ -343,11 +370,6 @@ def test_what_cannot_be_rebased_is_named(node: Node) -> None:
 # -------------------------------------------------------------------------------- forgetting
 
 
-def instructions(version: str, positions: tuple[int, ...], federation: str = "one", at: int = 1) -> Instructions:
-    task = task_config().model_dump_json()
-    return Instructions(federation, at, 1, version, "train", positions, 0, task)
-
-
 def visits(node: Node, federation: str, version: str) -> list[int]:
     """How often each training user of the population took part in a federation, whatever the node says of them."""
     store = node._store(federation, node.loaded(version)[0])
@@ -373,7 +395,7 @@ def test_a_forgotten_user_is_gone_for_good(node: Node, tmp_path: Path) -> None:
         assert node.describe().users == {"train": 8, "new": 4}
         assert equal(rows_of(serving, "3"), rows)
         for call in (serving.personalize, serving.model_of, serving.forget):
-            with pytest.raises(NodeError, match=r"'2' is none of them; name another") as error:
+            with pytest.raises(NodeError, match=r"'?2'? is (none of them; name another|neither; see how)") as error:
                 call("2")
             assert error.value.fault == "unknown users"
         for federation in ("one", "two"):
@@ -419,6 +441,51 @@ def test_values_that_are_made_while_the_user_is_forgotten_are_not_kept(
     assert node.personal.users().tolist() == []
 
 
+def test_a_mask_that_is_proposed_while_the_user_is_forgotten_is_not_remembered(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving, propose = Serving(node), client.serving.policy_masks
+    version = released(node)
+    serving.model_of("3")
+
+    def forgotten_meanwhile(*args: object) -> object:
+        serving.forget("2")
+        return propose(*args)
+
+    monkeypatch.setattr(client.serving, "policy_masks", forgotten_meanwhile)
+    serving.model_of("2")
+    assert serving._masks.keys() == {(3, version)}
+
+
+def test_a_user_whose_data_is_gone_is_forgotten_all_the_same(tmp_path: Path) -> None:
+    population = users_with_texts(tmp_path, "ann", "bob")
+    node = opened(tmp_path / "state", population)
+    version = released(node)
+    node.train(instructions(version, (0, 1)))
+    before = Serving(node).personalize("ann")
+    assert before.personal_bytes > 0
+    node.close()
+    shutil.rmtree(tmp_path / "data" / "ann")
+
+    node = opened(tmp_path / "state", population)
+    serving = Serving(node)
+    for call in (serving.personalize, serving.model_of):
+        with pytest.raises(NodeError, match="'ann' is none of them"):
+            call("ann")
+    assert serving.forget("ann") == Forgotten(True, 1, CANNOT_UNDO)
+    assert node.personal.users().tolist() == []
+    assert node.personal.forgotten().tolist() == [texts.user_id("ann")]
+    store = node._store("one", node.loaded(version)[0])
+    ids = np.array([texts.user_id("ann"), texts.user_id("bob")], dtype=np.int64)
+    assert store.read(ids, 100).visits_u.tolist() == [0, 1]
+    for name in ("ann", "eve"):
+        with pytest.raises(NodeError) as error:
+            serving.forget(name)
+        assert error.value.fault == "unknown users"
+    assert node.personal.forgotten().tolist() == [texts.user_id("ann")]
+    node.close()
+
+
 def test_a_node_at_work_forgets_later(node: Node) -> None:
     serving = Serving(node)
     with node._alone(), pytest.raises(NodeError, match="ask again later") as error:
@@ -451,156 +518,3 @@ def test_a_status_is_counts_and_sizes(node: Node) -> None:
     assert {field.name for field in fields(status)} == {
         "users", "personalised", "forgotten", "release", "versions", "disk_bytes",
     }  # fmt: skip
-
-
-# -------------------------------------------------------------------------------- text
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """Two users with texts, over a base of 16 tokens of context."""
-    folder = tmp_path_factory.mktemp("texts")
-    base = save_base(folder / "base")
-    for name in ("ann", "bob"):
-        (folder / "data" / name).mkdir(parents=True)
-        (folder / "data" / name / "notes.txt").write_text(f"{name} " + UNICODE_TEXT * 12)
-    options = {"base": str(base), "data": str(folder / "data"), "window": 8, "target_modules": ["c_attn", "c_fc"]}
-    return {"name": "texts", "options": options}
-
-
-@pytest.fixture
-def writer(tmp_path: Path, texts: dict[str, object]) -> Iterator[Node]:
-    made = opened(tmp_path / "texts", texts)
-    yield made
-    made.close()
-
-
-def by_transformers(node: Node, rows: dict[str, Tensor] | None, tokens: list[int], max_tokens: int) -> list[int]:
-    """transformers' own greedy search, with the rows bound all the while."""
-    task = node.task(task_config())
-    module = task.model.base.module
-    inputs = torch.tensor([tokens])
-    options = {"max_new_tokens": max_tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    if rows is None:
-        return module.generate(inputs, **options)[0, len(tokens) :].tolist()
-    with task.model.bound(rows):
-        return module.generate(inputs, **options)[0, len(tokens) :].tolist()
-
-
-def test_text_is_what_transformers_generates_with_the_users_rows(writer: Node) -> None:
-    serving, tokenizer = Serving(writer), writer.population.tokenizer
-    prompt, told = "hello é", []
-    tokens = tokenizer.encode(prompt).tolist()
-
-    def check(user: str, rows: dict[str, Tensor] | None) -> None:
-        pieces = list(serving.generate(user, prompt, 6))
-        found = by_transformers(writer, rows, tokens, 6)
-        whole = tokenizer.decode(tokens + found)
-        assert prompt + "".join(pieces) == whole
-        told.append(whole)
-
-    check("ann", None)
-    released(writer)
-    check("ann", rows_of(serving, "ann"))
-    for user in ("ann", "bob"):
-        serving.personalize(user)
-        check(user, rows_of(serving, user))
-    assert len(set(told)) > 1
-
-
-def test_draws_are_those_of_the_seed(writer: Node) -> None:
-    serving = Serving(writer)
-    released(writer)
-    texts = ["".join(serving.generate("ann", "hello", 8, 1.0, seed)) for seed in (1, 2, 1)]
-    assert texts[0] == texts[2] != texts[1]
-
-
-def test_a_text_ends_where_the_base_ends_it(writer: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    serving, tokenizer = Serving(writer), writer.population.tokenizer
-    tokens = tokenizer.encode("hello").tolist()
-    found = by_transformers(writer, None, tokens, 8)
-    monkeypatch.setattr(tokenizer, "eos", found[3])
-    expected = tokenizer.decode(tokens + found[: found.index(found[3])])
-    assert "hello" + "".join(serving.generate("ann", "hello", 8)) == expected
-
-
-def test_of_a_long_prompt_the_end_is_used_and_that_is_said(writer: Node) -> None:
-    serving, tokenizer = Serving(writer), writer.population.tokenizer
-    prompt = UNICODE_TEXT
-    tokens = tokenizer.encode(prompt).tolist()
-    assert len(tokens) > 16
-    with pytest.warns(FedquiltWarning, match=rf"a prompt of {len(tokens)} tokens is too long: its last 13 are used"):
-        pieces = serving.generate("ann", prompt, 4)
-    used = tokens[-13:]
-    expected = tokenizer.decode(used + by_transformers(writer, None, used, 4))
-    assert tokenizer.decode(used) + "".join(pieces) == expected
-
-
-def test_a_generation_beside_a_training_and_a_personalisation_is_the_same(writer: Node) -> None:
-    serving = Serving(writer)
-    version = released(writer)
-    serving.personalize("ann")
-    alone = list(serving.generate("ann", "hello", 10, 0.5, 3))
-    done, failures = threading.Event(), []
-
-    def work() -> None:
-        try:
-            for round_index in range(1, 6):
-                writer.train(instructions(version, (0, 1), at=round_index))
-                serving.personalize("bob")
-        except Exception as error:
-            failures.append(error)
-        finally:
-            done.set()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    generations = 0
-    while not done.is_set() or not generations:
-        assert list(serving.generate("ann", "hello", 10, 0.5, 3)) == alone
-        generations += 1
-    thread.join(60)
-    assert not failures
-
-
-def test_scores_are_those_of_the_plain_loss(writer: Node) -> None:
-    serving, tokenizer = Serving(writer), writer.population.tokenizer
-    released(writer)
-    serving.personalize("ann")
-    short, long = "straße 😀 naïve", UNICODE_TEXT * 2
-    model, rows = serving.model_of("ann").model, rows_of(serving, "ann")
-
-    def nats(tokens: list[int]) -> float:
-        with torch.no_grad(), model.bound(rows):
-            logits = model.base.module(input_ids=torch.tensor([tokens[:-1]])).logits[0]
-        return float(F.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="sum"))
-
-    tokens = tokenizer.encode(short).tolist()
-    assert len(tokens) <= 17
-    scored = serving.score("ann", short)
-    assert scored.tokens == len(tokens) - 1
-    assert scored.nats_per_token == pytest.approx(nats(tokens) / (len(tokens) - 1), rel=1e-5)
-    characters = len(short) - len(tokenizer.decode(tokens[:1]))
-    assert scored.bits_per_char == pytest.approx(nats(tokens) / math.log(2) / characters, rel=1e-5)
-    assert scored != serving.score("bob", short)
-
-    tokens = tokenizer.encode(long).tolist()
-    windows = [tokens[start : start + 17] for start in range(0, len(tokens) - 1, 16)]
-    assert len(windows) > 2
-    total = sum(map(nats, windows))
-    assert serving.score("ann", long).nats_per_token == pytest.approx(total / (len(tokens) - 1), rel=1e-5)
-
-
-def test_what_is_no_text_is_refused(node: Node, writer: Node) -> None:
-    for call in (lambda: Serving(node).generate("2", "hello", 3), lambda: Serving(node).score("2", "hello")):
-        with pytest.raises(NodeError, match=r"users of text, those of population 'synthetic' have none; use .*Python"):
-            call()
-    serving = Serving(writer)
-    with pytest.raises(NodeError, match=r"from its second token on, it has 0; give more"):
-        serving.score("ann", "")
-    with pytest.raises(ConfigError, match="at least one token, got none"):
-        serving.generate("ann", "", 3)
-    with pytest.raises(ConfigError, match="max_tokens=0"):
-        serving.generate("ann", "hello", 0)
-    with pytest.raises(NodeError, match="is none of them; name another"):
-        serving.generate("eve", "hello", 3)

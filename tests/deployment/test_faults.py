@@ -83,5 +83,18 @@ def test_too_few_nodes_are_refused_with_the_counts(deployment: Deployment, tmp_p
     run = submitted(deployment, server, "deployment.nodes=3", "deployment.join_seconds=3")
     with pytest.raises(RunError, match="finished:failed"):
         deployment.wait_finished(run, SECONDS)
-    assert "3" in deployment.run_log(run)
+    assert "a round needs 3 nodes (deployment.nodes), 2 are online" in deployment.run_log(run)
     assert [path.name for path in (server / "checkpoints").iterdir()] == ["round-000000"]
+
+
+def test_a_supernode_is_killed_in_mid_round(deployment: Deployment, tmp_path: Path) -> None:
+    """The last of these tests: its SuperLink takes the node for alive for another minute, and refuses its return."""
+    server = tmp_path / "server"
+    few = ("federation.rounds=3", "deployment.quorum=0.4", "deployment.round_seconds=12")
+    run = submitted(deployment, server, *few)
+    wait_for_round(deployment, server, 1)
+    deployment.processes["node-1"].kill()
+    deployment.wait_finished(run, SECONDS)
+    found = rounds(server)
+    assert [line["admitted"] for line in found] == [64, 32, 32]
+    assert {"late": 32} in [line["rejected"] for line in found[1:]]

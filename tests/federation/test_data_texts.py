@@ -65,6 +65,7 @@ def test_ids_are_hashes_of_names(population):
         assert population.name_of(population.id_of(name)) == name
         assert population.id_of(name) == user_id(name)
     assert len(set(population.groups(ids))) == 4
+    assert population.stored_id("nobody here") == user_id("nobody here")
 
 
 def test_more_users_change_nothing_of_those_there_are(population, base, tmp_path):

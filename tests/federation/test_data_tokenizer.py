@@ -1,6 +1,7 @@
 """Tokenizers: nothing is lost, every token knows its characters, and a base's own is read as text alone."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -173,6 +174,14 @@ def test_texts_are_neither_cut_nor_padded_and_special_tokens_in_them_are_text(tm
 )
 def test_a_text_ends_with_the_special_token_that_the_base_names(tmp_path, settings, eos):
     assert PretrainedTokenizer.load(save(unicode_tokenizer(), tmp_path, **settings)).eos == eos
+
+
+@pytest.mark.parametrize("named", [5, True, ["<eos>"], {"content": None}, {}])
+def test_an_end_that_is_no_token_is_refused(tmp_path, named):
+    save(unicode_tokenizer(), tmp_path, tokenizer_config={"eos_token": named})
+    words = f"eos_token names a token, or has it as its content, {tmp_path}/tokenizer_config.json has {named!r}; save"
+    with pytest.raises(PopulationError, match=re.escape(words)):
+        PretrainedTokenizer.load(tmp_path)
 
 
 def test_an_ordinary_token_ends_no_text_even_if_it_was_added(tmp_path):

@@ -6,6 +6,7 @@ from torch import nn
 
 from federation.errors import PoolError
 from federation.pool.kernel import StackedLowRank
+from federation.pool.layers import PoolLayer
 from federation.pool.model import PooledModel
 from federation.pool.spec import gather, rows_of_mask
 from tests import models
@@ -132,6 +133,41 @@ def test_bad_input_is_named():
         model.base.module(input_ids=torch.zeros(3, 4, dtype=torch.long))
     with pytest.raises(PoolError, match="another pool"):
         model.gated({}, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("targets", [("c_attn", "ln_f"), ("c_attn", "c_fc", "wte"), ("c_atn",)])
+def test_targets_that_cannot_be_wrapped_change_nothing(targets):
+    base = models.gpt2()
+    before = {name: (type(module), module.forward) for name, module in base.module.named_modules()}
+    with pytest.raises(PoolError):
+        PooledModel.around(base, rank=4, scale=1.0, target_modules=targets)
+    assert {name: (type(module), module.forward) for name, module in base.module.named_modules()} == before
+    assert PooledModel.around(base, rank=4, scale=1.0).spec.modules
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_what_is_planned_is_what_is_wrapped(make):
+    base = make()
+    planned = PooledModel.planned(base, 4, SCALE)
+    assert not [m for m in base.module.modules() if isinstance(m, PoolLayer)]
+    wrapped = PooledModel.around(base, 4, SCALE)
+    layers = {name: m for name, m in base.module.named_modules() if isinstance(m, PoolLayer)}
+    assert [(name, m.d_in, m.d_out) for name, m in layers.items()] == [
+        (m.name, m.d_in, m.d_out) for m in wrapped.spec.modules
+    ]
+    by_name = tuple(layers)
+    assert planned == wrapped == PooledModel.planned(base, 4, SCALE) == PooledModel.planned(base, 4, SCALE, by_name)
+    assert len(PooledModel.planned(base, 4, SCALE, by_name[:1]).spec.modules) == 1
+
+
+def test_a_model_is_wrapped_once():
+    base = models.gpt2()
+    model = PooledModel.around(base, rank=4, scale=1.0)
+    with pytest.raises(PoolError, match="PoolLayer"):
+        PooledModel.around(base, rank=4, scale=1.0)
+    batch = models.batch_for(base, 2, 1)
+    with model.bound(random_rows(model, 2, 1)):
+        model.loss(batch)
 
 
 def test_any_local_path_loads_through_from_pretrained(tmp_path):

@@ -15,6 +15,7 @@ from federation.config import TaskConfig
 from federation.errors import PoolError
 from federation.pool.file import PoolFile, pool_file
 from federation.state import version_of
+from federation.update import Values
 
 VALUES = {"pool/a": torch.arange(6.0).view(2, 3), "gate": torch.randn(1, 5).t().contiguous().t()}
 FILE = PoolFile(3, VALUES, TaskConfig.model_validate({"seed": 7, "pool": {"rank": 9}}))
@@ -67,4 +68,34 @@ def test_another_format_is_refused() -> None:
 @pytest.mark.parametrize("payload", [b"", b"junk", struct.pack("<Q", 2**63), save({"a": torch.zeros(1)})])
 def test_what_is_no_pool_file_is_refused(payload: bytes) -> None:
     with pytest.raises(PoolError, match="no pool file"):
+        pool_file(payload)
+
+
+def saying(values: Values, **said: object) -> bytes:
+    """A file with other words than `to_bytes` writes."""
+    words = {"format": "fedquilt pool 1", "version": FILE.version, "round": 3, "task": {}, **said}
+    return save(dict(values), {"fedquilt": json.dumps(words)})
+
+
+def behind_a_header(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        saying({"a": torch.zeros(2, 2, dtype=torch.bfloat16)}),
+        saying(VALUES, round=float("inf")),
+        saying(VALUES, round=float("nan")),
+        saying(VALUES, round=[3]),
+        saying(VALUES, task=[]),
+        saying(VALUES, task={"pool": {"rank": 0}}),
+        behind_a_header("[" * 100_000),
+        behind_a_header("3"),
+        behind_a_header('{"__metadata__": {"fedquilt": "[]"}}'),
+    ],
+    ids=["bf16", "infinity", "nan", "list", "task list", "task", "nested", "number", "words"],
+)
+def test_whatever_is_wrong_with_a_file_it_is_the_same_error(payload: bytes) -> None:
+    with pytest.raises(PoolError, match=r"bytes are no pool file .*fetch it again"):
         pool_file(payload)

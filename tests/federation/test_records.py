@@ -71,11 +71,11 @@ def changed(record: RecordDict, **fields: object) -> RecordDict:
         ({"federation": "../../etc"}, "a federation's id matches"),
         ({"positions": [3, 2]}, "positions ascend"),
         ({"positions": [-1]}, "positions ascend"),
-        ({"round_index": "7"}, "not as agreed"),
+        ({"round_index": "7"}, "round_index are made of int"),
         ({"task": None}, "not as agreed"),
         ({"extra": 1}, "not as agreed"),
-        ({"durable_round": 9}, "rounds and attempts count upwards"),
-        ({"attempt": 0}, "rounds and attempts count upwards"),
+        ({"durable_round": 9}, "rounds count from 0"),
+        ({"attempt": 0}, "rounds count from 0"),
     ],
 )
 def test_a_letter_that_no_server_sends_is_refused(fields: dict[str, object], said: str) -> None:
@@ -90,6 +90,10 @@ def test_a_letter_that_no_server_sends_is_refused(fields: dict[str, object], sai
         (ANSWERS[0], {"answer": None}, "an answer is one of"),
         (ANSWERS[0], {"round_index": "three"}, "not as agreed"),
         (ANSWERS[0], {"round_index": None}, "not as agreed"),
+        (ANSWERS[0], {"round_index": float("inf")}, "not as agreed"),
+        (ANSWERS[0], {"users_values": [float("inf"), 0.0]}, "not as agreed"),
+        (ANSWERS[2], {"measured": float("-inf")}, "not as agreed"),
+        (ANSWERS[4], {"order": float("nan")}, "not as agreed"),
         (ANSWERS[0], {"users": ["train"]}, "not as agreed"),
         (ANSWERS[0], {"users_values": [-1, 0]}, "at least no users"),
         (ANSWERS[2], {"sums_values": ["much", "more"]}, "not as agreed"),
@@ -135,3 +139,32 @@ def test_other_arrays_are_refused(arrays: dict[str, Array]) -> None:
     record["payload"] = ArrayRecord(arrays)
     with pytest.raises(ExchangeError, match="holds one array"):
         answer_of(record)
+
+
+def test_one_record_of_bytes_serves_all_nodes_that_are_sent_the_same_pool() -> None:
+    pool = bytes(1000)
+    first, second = (letter_record(Letter("train", ASKED, pool))["payload"] for _ in range(2))
+    other = letter_record(Letter("train", ASKED, bytes(999)))["payload"]
+    assert first is second
+    assert (other["payload"].shape, other["payload"].data) == ((999,), bytes(999))
+
+
+def test_of_a_nodes_splits_only_those_are_kept_that_servers_ask_for() -> None:
+    answer = Description({f"s{n}": n for n in range(10_000)} | {"new": 3, "spare": -1, "train": 4})
+    assert answer_of(answer_record(answer)).users == {"train": 4, "new": 3}
+
+
+def test_of_a_nodes_words_a_server_keeps_no_more_than_it_needs() -> None:
+    versions = tuple(f"r{n}-0123456789abcdef" for n in range(10_000))
+    found = answer_of(answer_record(Description({}, 0, (*versions, "v" * 10_000), "w" * 10_000, "x" * 10_000)))
+    assert found == Description({}, 0, (*versions[-63:], "v" * 64), "w" * 64, "x" * 64)
+    assert answer_of(answer_record(Refusal("failed", "y" * 10_000))) == Refusal("failed", "y" * 300)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"answer": "z" * 10_000}, {"z" * 10_000: 1, "order": "none"}, {"order": "z" * 10_000}]
+)
+def test_an_error_repeats_no_more_than_a_few_of_a_nodes_words(fields: dict[str, object]) -> None:
+    with pytest.raises(ExchangeError) as error:
+        answer_of(changed(answer_record(ANSWERS[4]), **fields))
+    assert len(str(error.value)) < 200

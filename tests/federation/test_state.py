@@ -84,3 +84,10 @@ def test_a_version_names_these_values_of_this_round() -> None:
     swapped = dict(zip(values, [values[name] for name in reversed(list(values))]))
     names.add(version_of(swapped, 3))
     assert len(names) == 3 + len(values)
+
+
+def test_values_of_the_same_bytes_differ_in_shape_and_type() -> None:
+    rows = torch.arange(6, dtype=torch.float32)
+    same_bytes = [rows.view(2, 3), rows.view(3, 2), rows, rows.view(torch.int32), rows.view(6, 1)]
+    assert len({version_of({"a": values}, 1) for values in same_bytes}) == len(same_bytes)
+    assert version_of({"a": rows.view(3, 2).t()}, 1) == version_of({"a": rows.view(3, 2).t().contiguous()}, 1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from federation.config import RunConfig, identity
-from federation.errors import CheckpointError, RunError
+from federation.errors import FedquiltWarning, RunError
 from federation.pool.file import PoolFile
 from server import checkpoint
 from server.candidates import deployed_candidate, is_deployed
@@ -76,7 +76,7 @@ def test_the_last_evaluation_of_the_same_values_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lines", [[], [line(pool(9), 1.0)], [line(pool(2), None)]], ids=["none", "gone", "suppressed"])
 def test_without_an_evaluated_checkpoint_the_remedy_is_named(tmp_path: Path, lines: list[EvaluationLine]) -> None:
     run = run_of(tmp_path, [pool(1), pool(2)], lines)
-    with pytest.raises(RunError, match=r"checkpoints of the rounds 1, 2 and .*deployment.evaluate_every") as caught:
+    with pytest.raises(RunError, match=r"still kept.* keeps those of the rounds 1, 2 and .*evaluate_every") as caught:
         deployed_candidate(run)
     assert str(run) in str(caught.value)
 
@@ -95,8 +95,23 @@ def test_an_unreadable_configuration_is_named(tmp_path: Path, text: str) -> None
         deployed_candidate(run)
 
 
-def test_a_damaged_checkpoint_is_named_and_no_older_one_taken_for_it(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_offered(tmp_path: Path) -> None:
     run = run_of(tmp_path, [pool(1), pool(2)], [line(pool(1), 1.0), line(pool(2), 1.0)])
     (run / "checkpoints" / "round-000002" / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match="round-000002 is damaged"):
+    with pytest.warns(FedquiltWarning, match=r"round-000002 is damaged.*; looking for an evaluated one before it"):
+        assert deployed_candidate(run).pool.version == pool(1).version
+    (run / "checkpoints" / "round-000001" / "values.safetensors").write_bytes(b"")
+    with (
+        pytest.warns(FedquiltWarning, match="round-00000[12] is damaged"),
+        pytest.raises(RunError, match="kept, usable and evaluated"),
+    ):
         deployed_candidate(run)
+
+
+def test_a_damaged_checkpoint_that_was_not_evaluated_is_not_looked_at(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    run = run_of(tmp_path, [pool(1), pool(2)], [line(pool(1), 1.0)])
+    (run / "checkpoints" / "round-000002" / "manifest.json").write_text("{")
+    assert deployed_candidate(run).pool.version == pool(1).version
+    assert not recwarn.list

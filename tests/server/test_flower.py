@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import struct
+import tracemalloc
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -119,6 +122,19 @@ def with_metric(value: object) -> Callable[[Message], Message]:
     return change
 
 
+def with_loss(value: object) -> Callable[[Message], Message]:
+    def change(message: Message) -> Message:
+        message.content["metrics"] = MetricRecord({"num-examples": 1.0, "loss": value})
+        return message
+
+    return change
+
+
+def with_two_metric_records(message: Message) -> Message:
+    message.content["more"] = MetricRecord({"num-examples": 1.0})
+    return message
+
+
 def without_metrics(message: Message) -> Message:
     del message.content["metrics"]
     return message
@@ -137,23 +153,57 @@ def declared(data: bytes) -> Array:
     return Array("float32", (4, 3), "numpy.ndarray", data)
 
 
+def npy(header: str, values: bytes = b"\0" * 48, version: tuple[int, int] = (1, 0)) -> Array:
+    """Declared as the schema wants it, whatever its bytes say."""
+    length = struct.pack("<H" if version == (1, 0) else "<I", len(header))
+    return declared(b"\x93NUMPY" + bytes(version) + length + header.encode() + values)
+
+
+def header(shape: object) -> str:
+    return f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n"
+
+
+def archive() -> Array:
+    file = io.BytesIO()
+    np.savez(file, np.zeros((4, 3), np.float32))
+    return declared(file.getvalue())
+
+
 BAD: dict[str, tuple[Callable[[Message], Message], str]] = {
-    "an error": (lambda message: reply(9, Error(1, "out of memory")), "out of memory"),
+    "an error": (lambda message: reply(9, Error(1, "a user's words")), "Flower's error 1"),
     "NaN": (with_array("weight", whole(np.nan)), "not finite"),
     "infinity": (with_array("weight", whole(np.inf)), "not finite"),
     "another shape": (with_array("weight", whole(1.0, (4, 4))), "must be"),
     "a shape that broadcasts": (with_array("weight", whole(1.0, (1,))), "must be"),
     "another type": (with_array("weight", Array(np.zeros((4, 3), np.float64))), "must be"),
-    "bytes of another shape": (with_array("weight", declared(whole(1.0, (2,)).data)), "holds"),
+    "bytes of another shape": (with_array("weight", declared(whole(1.0, (2,)).data)), "another array"),
+    "bytes of another type": (with_array("weight", declared(Array(np.zeros((4, 3))).data)), "another array"),
     "bytes that are none": (with_array("weight", declared(b"junk")), "cannot be read"),
+    "no bytes": (with_array("weight", declared(b"")), "cannot be read"),
+    "the magic of an archive": (with_array("weight", declared(b"PK\x03\x04junk")), "cannot be read"),
+    "an archive": (with_array("weight", archive()), "cannot be read"),
+    "a header of many terabytes": (with_array("weight", npy(header((10**12, 3)))), "another array"),
+    "a header beyond 64 bits": (with_array("weight", npy(header((10**23,)))), "another array"),
+    "a header of brackets": (with_array("weight", npy("(" * 9000)), "cannot be read"),
+    "a header of few brackets": (with_array("weight", npy("(" * 900)), "cannot be read"),
+    "a header of signs": (with_array("weight", npy("-" * 9000)), "cannot be read"),
+    "a header of few signs": (with_array("weight", npy("-" * 900)), "cannot be read"),
+    "a header that is cut": (with_array("weight", npy(header((4, 3))[:30], b"")), "cannot be read"),
+    "a header of an odd version": (with_array("weight", npy(header((4, 3)), version=(9, 0))), "cannot be read"),
+    "too few bytes": (with_array("weight", npy(header((4, 3)), b"\0" * 47)), "48 bytes must follow"),
+    "too many bytes": (with_array("weight", npy(header((4, 3)), b"\0" * 49)), "48 bytes must follow"),
     "pickled bytes": (with_array("weight", declared(b"\x80\x04N.")), "cannot be read"),
     "an array too many": (with_array("more", whole(1.0)), "has the arrays"),
     "an array too few": (without_an_array, "has the arrays"),
     "no metrics": (without_metrics, "one MetricRecord"),
+    "metrics twice": (with_two_metric_records, "one MetricRecord, got 2"),
+    "a NaN metric": (with_loss(float("nan")), "metric must be finite"),
+    "an infinite metric": (with_loss(float("-inf")), "metric must be finite"),
     "no weight": (with_metric(None), "says its weight"),
     "weights": (with_metric([1.0, 2.0]), "says its weight"),
-    "a NaN weight": (with_metric(float("nan")), "weight must be finite"),
-    "a negative weight": (with_metric(-3.0), "weight must be finite"),
+    "a NaN weight": (with_metric(float("nan")), "must be finite"),
+    "a weight beyond float32": (with_metric(1e300), "weight must be finite"),
+    "a negative weight": (with_metric(-3.0), "of at least 0"),
 }  # fmt: skip
 
 
@@ -170,6 +220,25 @@ def test_a_bad_reply_is_left_out_alone(kind: str, place: int, caplog: pytest.Log
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
     assert metrics == expected_metrics
     assert said in caplog.text
+    assert "a user's words" not in caplog.text
+
+
+def test_what_bytes_merely_declare_is_not_allocated() -> None:
+    strategy, gibibyte = plugin(), header((2**28,))
+    strategy.configure_train(1, record({"weight": np.zeros((4, 3), np.float32)}), ConfigRecord(), OneGrid())
+    bad = with_array("weight", npy(gibibyte))(trained(1, {"weight": np.ones((4, 3), np.float32)}))
+    tracemalloc.start()
+    try:
+        assert strategy.aggregate_train(1, [bad]) == (None, None)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+def test_columns_may_come_first_in_memory() -> None:
+    start, sent = {"weight": np.zeros((4, 3), np.float32)}, np.arange(12, dtype=np.float32).reshape(4, 3)
+    found, _ = aggregated(plugin(), start, [trained(1, {"weight": np.asfortranarray(sent)})])
+    np.testing.assert_array_equal(found["weight"], sent)
 
 
 def test_nothing_changes_when_nobody_is_admitted() -> None:
@@ -177,6 +246,73 @@ def test_nothing_changes_when_nobody_is_admitted() -> None:
     strategy.configure_train(1, record(arrays(0)), ConfigRecord(), OneGrid())
     assert strategy.aggregate_train(1, [with_metric(-1.0)(trained(1, arrays(1)))]) == (None, None)
     assert strategy.aggregate_train(1, []) == (None, None)
+
+
+# -------------------------------------------------------------------------------- metrics
+
+
+def evaluated(node: int, **metrics: object) -> Message:
+    return reply(node, RecordDict({"metrics": MetricRecord(metrics)}))
+
+
+def weighing(node: int, examples: float, **metrics: object) -> Message:
+    return evaluated(node, **{"num-examples": examples}, **metrics)
+
+
+def test_metrics_are_weighed_as_updates_are() -> None:
+    strategy = plugin(limits=Limits(max_weight=10.0))
+    found = strategy.aggregate_evaluate(1, [weighing(1, 1e15, loss=4.0), weighing(2, 30, loss=1.0)])
+    assert found == MetricRecord({"loss": 2.5})
+    strategy = plugin(limits=Limits(max_weight=10.0))
+    _, metrics = aggregated(strategy, arrays(0), [trained(1, arrays(1), 1e15), trained(4, arrays(2), 5.0)])
+    assert metrics is not None
+    assert metrics["loss"] == pytest.approx((1 * 10 + 4 * 5) / 15)
+
+
+def test_only_numbers_that_all_have_are_averaged() -> None:
+    replies = [weighing(1, 1, loss=1.0, each=[1.0, 2.0], mine=3), weighing(2, 1, loss=3.0, each=1.0)]
+    assert plugin().aggregate_evaluate(1, replies) == MetricRecord({"loss": 2.0})
+    assert plugin().aggregate_evaluate(1, replies[::-1]) == MetricRecord({"loss": 2.0})
+
+
+def test_nobody_with_a_weight_moves_nothing() -> None:
+    start, replies = arrays(0), [trained(n, arrays(n), 0.0) for n in (1, 2)]
+    found, metrics = aggregated(plugin(), start, replies)
+    assert all(np.array_equal(found[name], start[name]) for name in start)
+    assert metrics == MetricRecord({})
+
+
+def test_evaluations_that_are_bad_are_left_out_alone(caplog: pytest.LogCaptureFixture) -> None:
+    bad = [
+        reply(3, Error(1, "a user's words")),
+        reply(4, RecordDict()),
+        weighing(5, 1, loss=float("nan")),
+        weighing(6, -1, loss=1.0),
+        weighing(7, float("inf"), loss=1.0),
+        evaluated(8, loss=1.0),
+    ]
+    good = [weighing(1, 1, loss=1.0), weighing(9, 1, loss=2.0)]
+    with caplog.at_level(logging.WARNING):
+        assert plugin().aggregate_evaluate(1, [*bad, *good]) == MetricRecord({"loss": 1.5})
+    assert [f"node {node} left out" in caplog.text for node in range(1, 10)] == [False] * 2 + [True] * 6 + [False]
+    assert plugin().aggregate_evaluate(1, bad) is None
+
+
+def test_a_function_of_the_app_gets_admitted_replies_only() -> None:
+    seen: list[list[RecordDict]] = []
+
+    def count(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+        seen.append(contents)
+        return MetricRecord({"clients": len(contents)})
+
+    strategy = plugin(train_metrics_aggr_fn=count, evaluate_metrics_aggr_fn=count)
+    good, bad = trained(1, arrays(1)), with_metric(-1.0)(trained(2, arrays(2)))
+    assert aggregated(strategy, arrays(0), [good, bad])[1] == MetricRecord({"clients": 1})
+    assert strategy.aggregate_evaluate(1, [good, bad]) == MetricRecord({"clients": 1})
+    assert seen == [[good.content]] * 2
+
+
+# -------------------------------------------------------------------------------- laws and types
 
 
 def test_the_order_of_replies_changes_no_bit() -> None:
@@ -193,6 +329,17 @@ def test_half_precision_stays_half() -> None:
         found, _ = aggregated(strategy, start, [trained(1, sent)])
     assert found["weight"].dtype == np.float16
     np.testing.assert_array_equal(found["weight"], sent["weight"])
+
+
+def test_rows_that_nobody_trained_keep_every_bit() -> None:
+    start = {"weight": np.full((3, 2), 1 / 3)}
+    assert start["weight"].dtype == np.float64
+    sent = {"weight": start["weight"].copy()}
+    sent["weight"][1] += 0.5
+    found, _ = aggregated(plugin(), start, [trained(1, sent), trained(2, sent)])
+    assert found["weight"].dtype == np.float64
+    np.testing.assert_array_equal(found["weight"][[0, 2]], start["weight"][[0, 2]])
+    np.testing.assert_allclose(found["weight"][1], sent["weight"][1], rtol=1e-6)
 
 
 def test_a_clients_difference_is_clipped() -> None:

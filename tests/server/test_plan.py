@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -69,6 +71,16 @@ def test_whoever_is_in_quarantine_leaves_an_empty_place(absent: set[int]) -> Non
         all_seats = plan_round(work(round_index), holdings(10, 20, 5), (), federation, STREAMS).seats
         seats = plan_round(work(round_index), holdings(10, 20, 5), absent, federation, STREAMS).seats
         assert seats == tuple(seat for seat in all_seats if seat.node not in absent)
+
+
+@pytest.mark.parametrize("absent", [{900}, {899}, {898}, {900, 898}, {1234}, {900, 899, 898}])
+def test_in_a_later_try_whoever_is_in_quarantine_does_not_stand_in_the_row(absent: set[int]) -> None:
+    federation = FederationConfig(cohort=9)
+    for round_index in range(1, 6):
+        again = replace(work(round_index), attempt=2)
+        others = [holding for holding in holdings(10, 20, 5) if holding.node not in absent]
+        expected = plan_round(work(round_index), others, (), federation, STREAMS).seats
+        assert plan_round(again, holdings(10, 20, 5), absent, federation, STREAMS) == Plan(again, expected)
 
 
 def test_without_users_nobody_is_asked() -> None:

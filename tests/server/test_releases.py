@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,6 +192,57 @@ def test_a_damaged_history_is_named(releases: Releases, text: str) -> None:
         with pytest.raises(RunError, match=r"current.json is not what was written .*restore it"):
             act()
     assert (releases.folder / "current.json").read_text(encoding="latin-1") == text
+
+
+# -------------------------------------------------------------------------------- several writers
+
+
+def test_one_process_writes_at_a_time_and_readers_do_not_wait(releases: Releases, tmp_path: Path) -> None:
+    before = contents(releases.folder)
+    with (releases.folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for act in (
+            lambda: releases.add(candidate(4), "r4"),
+            lambda: releases.promote("r1", "hand"),
+            lambda: releases.roll_back(),
+        ):
+            with pytest.raises(RunError, match=r"one process at a time .*at work in .*releases; see .*try again"):
+                act()
+        assert released(tmp_path) is not None
+        assert releases.names() == ("r1", "r2", "r3")
+    assert contents(releases.folder) == before
+    assert releases.roll_back() == "r2"
+
+
+def test_promotions_of_many_are_all_kept_or_refused(releases: Releases, tmp_path: Path) -> None:
+    """Without a lock, two that read the same history would each write their own line over the other's."""
+    refused = []
+
+    def promote() -> None:
+        for _ in range(20):
+            try:
+                Releases(tmp_path).promote("r1", "hand")
+            except RunError:
+                refused.append(1)
+
+    threads = [threading.Thread(target=promote) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(releases.history()) + len(refused) == 3 + 4 * 20
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "releases").write_text("a file")
+    with pytest.raises(RunError, match=r"written to .*releases, which must be writable .*free space or mend"):
+        Releases(tmp_path).add(candidate(1), "r1")
+
+
+def test_what_cannot_be_rolled_back_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="nothing was"):
+        Releases(tmp_path).roll_back("r1")
+    assert not list(tmp_path.iterdir())
 
 
 # -------------------------------------------------------------------------------- kills

@@ -96,6 +96,15 @@ def test_a_pools_file_is_adopted(device: MadeUp, tmp_path: Path) -> None:
     assert device.asked == [b"a pool", "r9-kept"]
 
 
+@pytest.mark.parametrize(("name", "why"), [("gone", "No such file or directory"), (".", "Is a directory")])
+def test_a_pools_file_that_cannot_be_read_is_named(device: MadeUp, tmp_path: Path, name: str, why: str) -> None:
+    result = run("ask", "adopt", tmp_path / name)
+    words = f"a release is one pool file, '{tmp_path / name}' cannot be read ({why}); name the file that"
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"fedquilt: {words}")
+    assert device.asked == []
+
+
 def test_nothing_in_a_text_commands_the_terminal(device: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "generate", lambda *_: (piece for piece in ("a\x1b]0;b\x07", "\r\n\té")))
     assert run("ask", "generate", "ann", "p").output == "a\ufffd]0;b\ufffd\ufffd\n\té\n"

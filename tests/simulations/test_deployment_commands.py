@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cryptography import x509
 from typer.testing import CliRunner, Result
 
 from federation.config import load_config
+from federation.keys import TRIAL_DAYS
 from server.releases import Releases, released
 from simulations.cli import app
 from simulations.federate import last_checkpoint
@@ -173,3 +175,21 @@ def test_an_ipv6_address_is_bracketed(tmp_path: Path) -> None:
     words = fedquilt("keys", tmp_path / "keys", "--nodes", 1, "--host", "2001:db8::7").stdout
     assert "--superlink '[2001:db8::7]:8000'" in words
     assert 'address = "[2001:db8::7]:8000"' in words
+    assert "flower-superlink --host :: " in words
+
+
+def test_keys_last_as_long_as_a_trial(tmp_path: Path) -> None:
+    words = fedquilt("keys", tmp_path / "keys", "--nodes", 1).stdout
+    assert f"{TRIAL_DAYS} days" in words
+    certificate = x509.load_pem_x509_certificate((tmp_path / "keys" / "server.pem").read_bytes())
+    lasts = certificate.not_valid_after_utc - certificate.not_valid_before_utc
+    assert lasts.days == TRIAL_DAYS
+    assert "7 days" in fedquilt("keys", tmp_path / "week", "--nodes", 1, "--days", 7).stdout
+
+
+def test_a_loss_that_is_not_finite_is_no_evaluation(run: Path) -> None:
+    measured(run, float("nan"))
+    result = fedquilt("release", run)
+    assert result.exit_code == 2
+    assert "metrics.tuned_loss" in result.stderr
+    assert not (run / "releases").exists()

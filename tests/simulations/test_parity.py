@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -45,6 +45,10 @@ class InThisProcess:
 
     def collect(self, tickets: Sequence[str]) -> Sequence[Parcel]:
         return [self._parcels.pop(ticket) for ticket in tickets if ticket in self._parcels]
+
+    def drop(self, tickets: Collection[str]) -> None:
+        for ticket in tickets:
+            self._parcels.pop(ticket, None)
 
 
 def parity_config(*overrides: str) -> RunConfig:

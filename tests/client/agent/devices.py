@@ -11,7 +11,8 @@ from typing import Any
 from client.agent.security import TlsFiles, parse_address
 from client.agent.server import AgentServer
 from client.agent.service import AgentService
-from client.serving import Forgotten, Personalised, Rebased, Scored, ServingStatus
+from client.serving import Forgotten, Personalised, Rebased, ServingStatus
+from client.writing import Scored
 from federation.exchange import Answer, Contribution, Description, Letter, Measures
 
 SECONDS = 30.0
@@ -94,6 +95,6 @@ def agent_at(
     device: MadeUp, state: Path, address: str = "", tls: TlsFiles | None = None, waiting: int = 4
 ) -> Iterator[AgentServer]:
     """An agent for the device; by default at a socket in the state folder."""
-    service = AgentService(device, device, waiting)  # type: ignore[arg-type]
+    service = AgentService(device, device, device, waiting)  # type: ignore[arg-type]
     with AgentServer(service, state, parse_address(address or f"unix:{state}/agent.sock"), tls) as server:
         yield server

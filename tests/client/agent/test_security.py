@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,8 +14,8 @@ from client.agent.security import (
     TcpAddress,
     TlsFiles,
     UnixAddress,
+    check_owner,
     check_protected,
-    listening_address,
     new_token,
     parse_address,
     private_files,
@@ -48,8 +49,6 @@ def test_addresses_are_read_and_written(text: str, address: object, again: str) 
 def test_a_relative_socket_lies_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert parse_address("unix:a.sock") == UnixAddress(tmp_path / "a.sock")
-    assert listening_address(None, Path("state")) == UnixAddress(tmp_path / "state" / "agent.sock")
-    assert listening_address("[::1]:7", Path("state")) == TcpAddress("::1", 7)
 
 
 @pytest.mark.parametrize("text", ["", "7070", "127.0.0.1", "127.0.0.1:65536", "::1:70", "http://127.0.0.1:70", "a b:7"])
@@ -88,6 +87,26 @@ def test_a_unix_socket_takes_no_tls() -> None:
     check_protected(UnixAddress(Path("/a")), None)
     with pytest.raises(ConfigError, match="unix:/a is open to its owner alone; leave the TLS files out"):
         check_protected(UnixAddress(Path("/a")), TLS)
+
+
+def test_a_socket_is_ones_own_or_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = UnixAddress(tmp_path / "agent.sock")
+    check_owner(address)
+    for owner, user, is_fine in ((7, 7, True), (0, 7, True), (7, 8, False), (7, 0, False)):
+        monkeypatch.setattr(Path, "stat", lambda _, owner=owner: SimpleNamespace(st_uid=owner))
+        monkeypatch.setattr(os, "geteuid", lambda user=user: user)
+        if is_fine:
+            check_owner(address)
+            continue
+        words = f"{address} belongs to user {owner}, this is user {user}; nothing was sent. Run this as"
+        with pytest.raises(ConfigError, match=words):
+            check_owner(address)
+
+
+def test_a_socket_that_cannot_be_looked_at_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file/agent.sock cannot be looked at \(Not a directory\); run this as"):
+        check_owner(UnixAddress(tmp_path / "file" / "agent.sock"))
 
 
 def test_tls_files_come_together_or_not_at_all() -> None:

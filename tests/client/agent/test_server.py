@@ -10,7 +10,9 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,8 +28,10 @@ from client.agent import agent_pb2_grpc
 from client.agent.client import AgentClient
 from client.agent.messages import instructions_message
 from client.agent.security import Credentials, TlsFiles, UnixAddress
-from client.agent.server import SERVICE_NAME, AgentServer
-from client.serving import Forgotten, Personalised, Rebased, Scored, ServingStatus
+from client.agent.server import CALLS, SERVICE_NAME, AgentServer
+from client.agent.service import WAITING, WRITING
+from client.serving import Forgotten, Personalised, Rebased, ServingStatus
+from client.writing import Scored
 from federation.errors import ConfigError, FedquiltError, NodeError, StoreError
 from federation.exchange import FAULTS, Contribution, Instructions, Letter, Refusal
 from federation.keys import CA, certificate, certificate_key, make_keys
@@ -109,14 +113,6 @@ def test_a_pool_that_is_too_large_is_not_sent(
     assert device.asked == []
 
 
-def test_a_file_is_read_by_the_agent(client: AgentClient, device: MadeUp, tmp_path: Path) -> None:
-    (tmp_path / "pool").write_bytes(b"from a file")
-    assert client.keep_file(tmp_path / "pool", SECONDS) == "r9-kept"
-    assert device.asked == [b"from a file"]
-    with pytest.raises(NodeError, match=r"a pool is in a file, .*gone is none; name another"):
-        client.keep_file(tmp_path / "gone", SECONDS)
-
-
 def test_apps_are_answered_as_by_the_device_itself(client: AgentClient, device: MadeUp) -> None:
     answers: list[Any] = [
         client.personalize("ann", SECONDS),
@@ -172,13 +168,58 @@ def test_a_device_trains_once_at_a_time_and_is_busy_beyond_its_line(device: Made
         for letter in (Letter("train", ASKED), Letter("evaluate", ASKED)):
             answer = client.answer(letter, SECONDS)
             assert isinstance(answer, Refusal)
-            assert (answer.fault, answer.message[:39]) == ("busy", "a node does one piece of work at a time")
-        with pytest.raises(NodeError, match="one piece of work"):
+            assert (answer.fault, answer.message[:40]) == ("busy", "such calls are worked on 1 at a time and")
+        with pytest.raises(NodeError, match="worked on 1 at a time"):
             client.forget("ann", SECONDS)
         assert device.asked == [Letter("train", ASKED)]
         device.going_on.set()
         assert isinstance(first.result(SECONDS), Contribution)
         assert isinstance(client.answer(Letter("train", ASKED), SECONDS), Contribution)
+
+
+def test_each_kind_of_work_has_a_line_of_its_own_and_short_questions_have_none(
+    client: AgentClient, device: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many calls as work or wait at most; beyond them each kind is busy, and the agent still says how it is."""
+    under_way, go_on = threading.Semaphore(0), threading.Event()
+
+    def wait_in(kind: str, result: Any) -> Callable[..., Any]:
+        def wait(*_: object) -> Any:
+            working[kind] += 1
+            under_way.release()
+            assert go_on.wait(SECONDS)
+            return result
+
+        return wait
+
+    working: Counter[str] = Counter()
+    monkeypatch.setattr(device, "keep", wait_in("keep", "r9-kept"))
+    monkeypatch.setattr(device, "personalize", wait_in("personalize", Personalised("r1-a", 1, 1, 1.0, 1.0)))
+    monkeypatch.setattr(device, "score", wait_in("score", Scored(1, 1.0, 1.0)))
+    calls: dict[str, tuple[int, Callable[[], Any]]] = {
+        "keep": (1 + WAITING, lambda: client.keep(b"pool", SECONDS)),
+        "personalize": (1 + WAITING, lambda: client.personalize("ann", SECONDS)),
+        "score": (WRITING + WAITING, lambda: client.score("ann", "a text", SECONDS)),
+    }
+    with ThreadPoolExecutor(CALLS) as aside:
+        asked = [aside.submit(call) for most, call in calls.values() for _ in range(most)]
+        for _ in range(2 + WRITING):
+            assert under_way.acquire(timeout=SECONDS)
+        for _, call in calls.values():
+            wait_until(lambda call=call: fault_of(call) == "busy")
+        with pytest.raises(NodeError, match=f"worked on {WRITING} at a time and {WAITING} may wait"):
+            list(client.generate("ann", "a prompt", SECONDS, max_tokens=1))
+        assert client.status(SECONDS).personalised == 2
+        assert working == {"keep": 1, "personalize": 1, "score": WRITING}
+        go_on.set()
+        for future in asked:
+            future.result(SECONDS)
+
+
+def fault_of(call: Callable[[], Any]) -> str:
+    with pytest.raises(NodeError) as refused:
+        call()
+    return refused.value.fault
 
 
 def test_apps_are_served_beside_a_training(client: AgentClient, device: MadeUp) -> None:
@@ -355,33 +396,58 @@ def test_chunks_that_lie_are_refused(device: MadeUp, tmp_path: Path) -> None:
 def test_health_follows_the_agent(device: MadeUp, tmp_path: Path) -> None:
     request = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
     device.going_on.clear()
-    seen: list[int] = []
     address = f"unix:{tmp_path}/agent.sock"
     with grpc.insecure_channel(address) as channel, AgentClient(address, Credentials()) as client:
         health = health_pb2_grpc.HealthStub(channel)
-        with agent_at(device, tmp_path):
+        with agent_at(device, tmp_path) as server:
             assert health.Check(request, timeout=SECONDS).status == health_pb2.HealthCheckResponse.SERVING
             with pytest.raises(grpc.RpcError, match="a deadline of at most"):
                 health.Check(request)
             training = asked_aside(lambda: client.answer(Letter("train", ASKED), SECONDS))
             assert device.working.acquire(timeout=SECONDS)
             waiting = asked_aside(lambda: client.answer(Letter("train", ASKED), SECONDS))
-            watch = health.Watch(request, timeout=SECONDS)
-            seen.append(next(watch).status)
+            wait_until(lambda: len(server._service._federated._line) == 2)
+            assert device.wanted()
 
             def look_while_it_stops() -> None:
-                seen.append(next(watch).status)
-                watch.cancel()
+                wait_until(lambda: not device.wanted())
                 device.going_on.set()
 
             looked = asked_aside(look_while_it_stops)
         looked.result(SECONDS)
+        assert not server.working
         trained, given_up = training.result(SECONDS), waiting.result(SECONDS)
-    assert seen == [health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING]
     assert isinstance(trained, Contribution)
     assert isinstance(given_up, Refusal)
     assert given_up.fault == "no agent"
     assert device.asked == [Letter("train", ASKED)]
+
+
+def test_watchers_hold_no_threads(client: AgentClient, device: MadeUp, tmp_path: Path) -> None:
+    request = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
+    with grpc.insecure_channel(f"unix:{tmp_path}/agent.sock") as channel:
+        watches = [health_pb2_grpc.HealthStub(channel).Watch(request, timeout=SECONDS) for _ in range(2 * CALLS)]
+        for watch in watches:
+            with pytest.raises(grpc.RpcError) as refused:
+                next(watch)
+            assert refused.value.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.RESOURCE_EXHAUSTED)
+        with pytest.raises(grpc.RpcError, match="asked for, not watched; call Check now and then"):
+            next(health_pb2_grpc.HealthStub(channel).Watch(request, timeout=SECONDS))
+    assert client.describe(SECONDS) == device.described
+
+
+def test_work_that_does_not_end_in_time_is_told_and_left(
+    device: MadeUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.agent.server.GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("client.agent.server._CANCEL_SECONDS", 0.1)
+    device.going_on.clear()
+    with agent_at(device, tmp_path) as server, AgentClient(str(server.address), Credentials()) as client:
+        training = asked_aside(lambda: client.answer(Letter("train", ASKED), SECONDS))
+        assert device.working.acquire(timeout=SECONDS)
+    device.going_on.set()
+    assert server.working
+    assert isinstance(training.result(SECONDS), Refusal)
 
 
 def test_where_no_agent_answers_is_said(tmp_path: Path) -> None:
@@ -466,6 +532,28 @@ def test_nobody_else_on_the_machine_reaches_the_socket(device: MadeUp, tmp_path:
             assert connecting_as_nobody(server.address.path) == 0
 
 
+def test_nothing_is_sent_to_someone_elses_socket(
+    client: AgentClient, device: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert client.describe(SECONDS) == device.described
+    device.asked.clear()
+    if os.geteuid() == 0:
+        os.chown(client._address.path, 65534, 65534)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 65534)
+    for call in (
+        lambda: client.score("ann", "a diary", SECONDS),
+        lambda: client.keep(b"pool", SECONDS),
+        lambda: list(client.generate("ann", "a diary", SECONDS, max_tokens=1)),
+    ):
+        with pytest.raises(NodeError, match=r"agent.sock belongs to user .* nothing was sent. Run this as the user"):
+            call()
+    answer = client.answer(Letter("train", ASKED), SECONDS)
+    assert isinstance(answer, Refusal)
+    assert (answer.fault, "nothing was sent" in answer.message) == ("failed", True)
+    assert device.asked == []
+
+
 def connecting_as_nobody(path: Path) -> int:
     """13 where nobody's process may not connect."""
     return subprocess.run([sys.executable, "-c", CONNECT_AS_NOBODY, str(path)], check=False).returncode
@@ -479,10 +567,6 @@ def test_over_loopback_each_call_carries_the_token(device: MadeUp, tmp_path: Pat
         with AgentClient(address, Credentials(token)) as client:
             assert client.describe(SECONDS) == device.described
             assert "".join(client.generate("ann", "a prompt", SECONDS, max_tokens=1)) == "0é "
-            with pytest.raises(
-                NodeError, match=r"callers on its Unix socket alone, this call came from 'ipv4:127.0.0.1"
-            ):
-                client.keep_file(token, SECONDS)
         asked = len(device.asked)
         with stub_at(server) as stub:
             for headers in ([], [("authorization", "Bearer guess")]):

@@ -52,20 +52,22 @@ def trained(user: int, work: Work, values: Values) -> UpdateBlock:
 class FakeNode:
     """A node whose users are `first`, `first + 1`, ... of each split.
 
-    seconds: that an answer takes. changed: what becomes of an answer, None when it never comes.
+    seconds: that an answer takes. hears: whether a letter comes to it; of one that is lost it does nothing.
+    changed: what becomes of an answer, None when it never comes.
     """
 
     first: int
     users: dict[str, int]
     order: int = 0
     seconds: float = 0.5
+    hears: Callable[[Letter], bool] = lambda letter: True
     changed: Callable[[Letter, Answer], Answer | str | None] = lambda letter, answer: answer
     pools: dict[str, PoolFile] = field(default_factory=dict)
     release: str = ""
     versions_said: Collection[str] | None = None
 
     def answer(self, letter: Letter) -> Answer | str | None:
-        return self.changed(letter, self._honest(letter))
+        return self.changed(letter, self._honest(letter)) if self.hears(letter) else None
 
     def _honest(self, letter: Letter) -> Answer:
         if letter.pool is not None:
@@ -97,13 +99,14 @@ class FakeNode:
 
 def sums_of(users: Collection[int]) -> dict[str, float]:
     """What the users measure."""
-    losses = {"base_loss": lambda u: 3.0 + u, "mask_loss": lambda u: 2.0 + u, "tuned_loss": lambda u: 1.0 + u * u}
+    losses = {"base_loss": lambda u: 3.0 + u, "mask_loss": lambda u: 2.0 + u, "tuned_loss": lambda u: 1.0 + u * u / 8}
     return {name: float(sum(map(loss, users))) for name, loss in losses.items()}
 
 
 class FakeNodes:
     """Some fake nodes as a server reaches them (`server/nodes.py`). posted: (time, node, letter) of each letter.
 
+    most_at_once: tickets of one look. waiting: the tickets that were neither answered nor dropped.
     online_at: whether a node is online at a time. unreachable: those that take no letter, though they seem online.
     """
 
@@ -112,6 +115,8 @@ class FakeNodes:
         self.posted: list[tuple[float, int, Letter]] = []
         self.online_at: Callable[[int, float], bool] = lambda node, now: True
         self.unreachable: set[int] = set()
+        self.most_at_once = 0
+        self.waiting: set[str] = set()
         self._under_way: dict[str, tuple[float, int, Any]] = {}
         self._numbers = count()
 
@@ -131,16 +136,24 @@ class FakeNodes:
             if answer is not None and taken <= seconds:
                 self._under_way[ticket] = self.time.now + taken, node, answer
             tickets[node] = ticket
+            self.waiting.add(ticket)
         return tickets
 
     def collect(self, tickets: Sequence[str]) -> Sequence[Parcel]:
         assert len(set(tickets)) == len(tickets)
+        self.most_at_once = max(self.most_at_once, len(tickets))
         there = [t for t in tickets if t in self._under_way and self._under_way[t][0] <= self.time.now]
         parcels = []
         for ticket in sorted(there, key=lambda t: self._under_way[t][0]):
             _, node, answer = self._under_way.pop(ticket)
             parcels.append(Parcel(ticket, node, answer, len(getattr(answer, "payload", b""))))
+            self.waiting.discard(ticket)
         return parcels
+
+    def drop(self, tickets: Collection[str]) -> None:
+        self.waiting.difference_update(tickets)
+        for ticket in tickets:
+            self._under_way.pop(ticket, None)
 
     def letters(self, kind: str, node: int | None = None) -> list[Letter]:
         """The letters of a kind that went out, in order."""

@@ -9,6 +9,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from federation.cohorts import draw_cohort
@@ -48,6 +49,13 @@ def fake_nodes(sizes: Sequence[int] = SIZES, new: int = 0) -> FakeNodes:
     return FakeNodes(nodes)
 
 
+def at_once(nodes: FakeNodes) -> FakeNodes:
+    """The same nodes, which take equally long: so all take part from the first round on, however few are waited for."""
+    for node in nodes.nodes.values():
+        node.seconds = 0.4
+    return nodes
+
+
 def begun(config: RunConfig) -> tuple[Rules, ServerState]:
     rules = rules_of(config, SCHEMA)
     generator = torch.Generator().manual_seed(5)
@@ -61,13 +69,16 @@ def run(nodes: FakeNodes, folder: Path, config: RunConfig | None = None, **optio
 
 
 def plain(
-    config: RunConfig, missing: Callable[[int], Collection[int]] = lambda round_index: (), users: int = sum(SIZES)
+    config: RunConfig,
+    missing: Callable[[int], Collection[int]] = lambda round_index: (),
+    row: Callable[[int], Sequence[int]] = lambda round_index: range(sum(SIZES)),
 ) -> ServerState:
-    """The same federation as one loop over the users of one row; `missing` says who has no part in a round."""
+    """The same federation as one loop over users. row: who stands in it in a round. missing: who has no part in it."""
     rules, state = begun(config)
-    federation = config.federation.model_copy(update={"cohort": min(config.federation.cohort, users)})
     for round_index in range(1, config.federation.rounds + 1):
-        cohort = draw_cohort(range(users), federation, Streams(config.seed), round_index).tolist()
+        users = np.array(row(round_index))
+        federation = config.federation.model_copy(update={"cohort": min(config.federation.cohort, len(users))})
+        cohort = draw_cohort(users, federation, Streams(config.seed), round_index).tolist()
         work = Work("any", round_index, 1, state.version)
         partials: dict[int, Any] = {}
         for place, user in enumerate(cohort):
@@ -122,6 +133,11 @@ def silent_in(*wanted: int) -> Callable[[Letter, Answer], Answer | None]:
 def missing_in(node: int, *wanted: int) -> Callable[[int], Collection[int]]:
     """The users of a node, in some rounds."""
     return lambda round_index: users_of(node) if round_index in wanted else ()
+
+
+def row_without(node: int, *wanted: int) -> Callable[[int], Sequence[int]]:
+    """The row of users in which a node does not stand, in some rounds."""
+    return lambda round_index: [u for u in range(sum(SIZES)) if round_index not in wanted or u not in users_of(node)]
 
 
 def cohort_of(config: RunConfig, round_index: int) -> list[int]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from federation.exchange import MEASURES, Answer, Description, Letter, Measures, Refusal, Work
 from server.history import read_history
 from server.live.evaluation import dealt
-from tests.server.live.fake_nodes import FakeNodes, sums_of
+from tests.server.live.fake_nodes import FakeNode, FakeNodes, sums_of
 from tests.server.live.small_federation import (
     fake_nodes,
     honest,
@@ -133,7 +133,7 @@ def test_fewer_measured_users_than_asked_for_weigh_as_many_as_they_are(tmp_path:
         )
 
     nodes = fake_nodes()
-    for node, (measured, total) in {31: (2, 10.0), 12: (1, 2.0), 23: (0, 1e30)}.items():
+    for node, (measured, total) in {31: (2, 10.0), 12: (1, 2.0), 23: (0, 0.0)}.items():
         nodes.nodes[node].changed = measures(measured, total)
     run(nodes, tmp_path, live_config("federation.rounds=1"))
     (line,) = evaluations(tmp_path)
@@ -142,7 +142,8 @@ def test_fewer_measured_users_than_asked_for_weigh_as_many_as_they_are(tmp_path:
 
 
 def test_the_order_of_answers_changes_no_bit_of_the_means(tmp_path: Path) -> None:
-    """These sums are other ones in other orders: 1e16 + 1 is 1e16."""
+    """These sums are other ones in other orders, by their last bit."""
+    assert (0.1 + 0.2) + 0.3 != 0.1 + (0.2 + 0.3)
 
     def measuring(total: float) -> Callable[[Letter, Answer], Answer]:
         sums = dict.fromkeys(MEASURES, total)
@@ -151,7 +152,7 @@ def test_the_order_of_answers_changes_no_bit_of_the_means(tmp_path: Path) -> Non
     found = []
     for number, seconds in enumerate([(0.1, 0.6, 1.1), (1.1, 0.1, 0.6), (0.6, 1.1, 0.1)]):
         nodes = fake_nodes()
-        for node, taken, total in zip(nodes.nodes.values(), seconds, (1e16, 1.0, -1e16)):
+        for node, taken, total in zip(nodes.nodes.values(), seconds, (0.1, 0.2, 0.3)):
             node.seconds, node.changed = taken, measuring(total)
         run(nodes, tmp_path / str(number), live_config("federation.rounds=1"))
         found += [line["metrics"] for line in evaluations(tmp_path / str(number))]
@@ -164,7 +165,9 @@ def test_the_order_of_answers_changes_no_bit_of_the_means(tmp_path: Path) -> Non
         "a sum that is no measure": [
             {"sums": {"base_loss": math.nan, "mask_loss": 1.0, "tuned_loss": 1.0}},
             {"sums": {"base_loss": 1.0, "mask_loss": -math.inf, "tuned_loss": 1.0}},
-            {"sums": {"base_loss": 1.0, "mask_loss": 1.0, "tuned_loss": 1e300}},
+            {"sums": {"base_loss": 1.0, "mask_loss": 1.0, "tuned_loss": 200.1}},  # two users, 100 nats each at most
+            {"sums": {"base_loss": 1.0, "mask_loss": -1e-9, "tuned_loss": 1.0}},
+            {"sums": {"base_loss": 1.0, "mask_loss": 1.0, "tuned_loss": 1.0}, "measured": 0},
         ],
         "other metrics": [
             {"sums": {"base_loss": 1.0, "mask_loss": 1.0}},
@@ -186,6 +189,33 @@ def test_measures_that_cannot_be_true_are_left_out(
         (line,) = evaluations(folder)
         assert line["metrics"] == pytest.approx({name: s / 4 for name, s in sums_of([0, 1, 11, 12]).items()})
         assert (line["users"], line["nodes"], line["rejected"]) == (4, 2, {reason: 1})
+
+
+def test_the_largest_losses_are_measures(tmp_path: Path) -> None:
+    nodes = fake_nodes()
+    nodes.nodes[12].changed = lambda letter, answer: (
+        replace(answer, sums={**answer.sums, "base_loss": 200.0, "mask_loss": 0.0})
+        if isinstance(answer, Measures)
+        else answer
+    )
+    run(nodes, tmp_path, live_config("federation.rounds=1"))
+    (line,) = evaluations(tmp_path)
+    assert (line["nodes"], line["rejected"]) == (3, {})
+
+
+@pytest.mark.parametrize(("measured", "believed"), [(2, True), (81, False)])
+def test_measures_that_are_taken_tell_how_many_users_their_node_has(
+    tmp_path: Path, measured: int, believed: bool
+) -> None:
+    def grown(letter: Letter, answer: Answer) -> Answer:
+        return replace(answer, users={"train": 9}, measured=measured) if isinstance(answer, Measures) else answer
+
+    nodes = fake_nodes()
+    nodes.nodes[12].changed = grown
+    config = live_config("federation.rounds=2", "federation.cohort=1000", "deployment.evaluate_every=1")
+    run(nodes, tmp_path, config)
+    asked_of_it = [len(letter.instructions.positions) for letter in nodes.letters("train", 12)]
+    assert asked_of_it == [4, 9 if believed else 4]
 
 
 @pytest.mark.parametrize(
@@ -222,3 +252,24 @@ def test_when_nobody_answers_that_is_what_is_written(tmp_path: Path) -> None:
     run(nodes, tmp_path, live_config("federation.rounds=1"))
     (line,) = evaluations(tmp_path)
     assert (line["metrics"], line["users"], line["nodes"], line["rejected"]) == (None, 0, 0, {"late": 3})
+
+
+def test_an_evaluation_that_measured_nobody_is_done_again_after_a_restart(tmp_path: Path) -> None:
+    nodes = fake_nodes()
+    for node in nodes.nodes.values():
+        node.changed = lambda letter, answer: Refusal("no agent", "") if letter.kind == "evaluate" else answer
+    run(nodes, tmp_path)
+    for node in nodes.nodes.values():
+        node.changed = honest
+    for _ in range(2):
+        run(nodes, tmp_path)
+    assert [(line["round_index"], line["users"]) for line in evaluations(tmp_path)] == [(5, 0), (5, 6)]
+
+
+def test_measures_are_collected_a_few_at_a_time(tmp_path: Path) -> None:
+    nodes = FakeNodes({number: FakeNode(number, {"train": 1}, order=number) for number in range(9)})
+    config = live_config("federation.rounds=1", "federation.cohort=1", "evaluate.users=9", "deployment.quorum=0.1")
+    run(nodes, tmp_path, config)
+    assert evaluations(tmp_path)[0]["nodes"] == 9
+    assert nodes.most_at_once == 2  # deployment.replies
+    assert not nodes.waiting

@@ -34,6 +34,17 @@ def test_lines_of_rounds_that_are_done_again_are_dropped(tmp_path: Path, finishe
     assert [number in again for number in (1, 2, 3)] == [number <= finished for number in (1, 2, 3)]
 
 
+def test_a_line_that_does_not_count_is_kept_but_its_round_is_still_to_be_done(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    history = History(path, 0)
+    history.add(line(1))
+    history.add(line(2))
+    again = History(path, 2, counts=lambda found: found["version"] != "r2")
+    assert [number in again for number in (1, 2)] == [True, False]
+    again.add(line(2))
+    assert [found["round_index"] for found in read_history(path)] == [1, 2, 2]
+
+
 def test_a_line_that_a_kill_cut_short_is_dropped_at_any_length(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     history = History(path, 0)

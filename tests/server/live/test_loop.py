@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from federation.exchange import Answer, Contribution, Letter, Refusal, Work
+from federation.exchange import Answer, Contribution, Description, Letter, Refusal, Work
 from server.checkpoint import load_latest, rounds
 from server.live.loop import RoundLine
 from tests.server.admission.replies import SCHEMA
-from tests.server.live.fake_nodes import trained
+from tests.server.live.fake_nodes import FakeNode, FakeNodes, trained
 from tests.server.live.small_federation import (
     NODES,
     assert_same,
+    at_once,
     audit,
     begun,
     cohort_of,
@@ -77,6 +79,21 @@ def test_a_finished_round_is_a_line_of_history(tmp_path: Path) -> None:
     assert line["seconds"] == pytest.approx(1.4, abs=0.5)  # the slowest node, to the next look
     assert set(line["metrics"]) == {"active_share", "reward", "reward_spread", "support_loss"}
     assert line["suppressed"] == ""
+    assert line["repeats"] == 0
+
+
+def test_a_reply_that_comes_again_is_counted(tmp_path: Path) -> None:
+    nodes, config = fake_nodes(), live_config("deployment.quorum=0.1")
+    taken: list[Answer] = []
+
+    def again(letter: Letter, answer: Answer) -> Answer:
+        if in_round(letter) == 2:
+            taken.append(answer)
+        return taken[0] if in_round(letter) == 3 else answer
+
+    nodes.nodes[12].changed = again
+    assert_same(run(nodes, tmp_path, config), plain(config, missing_in(12, 3)))
+    assert [line["repeats"] for line in history(tmp_path)] == [0, 0, 1, 0, 0]
 
 
 def test_metrics_are_means_over_the_admitted_users(tmp_path: Path) -> None:
@@ -214,6 +231,57 @@ def test_an_answer_to_other_work_tells_nothing_of_a_node(tmp_path: Path) -> None
     assert [line["attempt"] for line in history(tmp_path)] == [1, 1, 1, 1, 1]
 
 
+def other_kind(answer: Contribution) -> Answer:
+    return Description(answer.users)
+
+
+def cut_short(answer: Contribution) -> Answer:
+    return replace(answer, payload=answer.payload[:-1])
+
+
+def one_bad_update(answer: Contribution) -> Answer:
+    return replace(answer, payload=answer.payload[:-1] + bytes([answer.payload[-1] ^ 1]))
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "reason"),
+    [(other_kind, "no contribution"), (cut_short, "malformed frames"), (one_bad_update, "malformed update")],
+)
+def test_a_contribution_that_is_refused_tells_nothing_of_its_node(
+    tmp_path: Path, spoilt: Callable[[Contribution], Answer], reason: str
+) -> None:
+    """It says that it has 90 users. What it sends is refused at once, or when its updates are decoded."""
+
+    def boasting(letter: Letter, answer: Answer) -> Answer:
+        if in_round(letter) != 1 or not isinstance(answer, Contribution):
+            return answer
+        return spoilt(replace(answer, users={"train": 90}))
+
+    nodes = fake_nodes()
+    config = live_config("deployment.quorum=0.1", "deployment.quarantine_rounds=1", "federation.rounds=3")
+    nodes.nodes[12].changed = boasting
+    run(nodes, tmp_path, config)
+    assert [(line["node"], line["reason"]) for line in audit(tmp_path)] == [(12, reason)]
+    assert [in_round(letter) for letter in nodes.letters("train", 12)] == [1, 3]
+    for letter in nodes.letters("train", 12):
+        drawn = [user - 7 for user in cohort_of(config, in_round(letter)) if user in users_of(12)]
+        assert list(letter.instructions.positions) == drawn
+
+
+def test_more_users_than_a_node_may_have_are_not_believed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = live_config("federation.cohort=1000", "federation.rounds=3", "deployment.users_per_node=9")
+    nodes = fake_nodes()
+    nodes.nodes[12].changed = lambda letter, answer: (
+        replace(answer, users={"train": 10 if in_round(letter) == 2 else 5})
+        if isinstance(answer, Contribution)
+        else answer
+    )
+    nodes.nodes[12].users = {"train": 5}
+    run(nodes, tmp_path, config)
+    assert [line["users"] for line in history(tmp_path)] == [21, 21, 21]
+    assert caplog.text.count("node 12 is not believed") == 1
+
+
 def test_a_node_that_lost_users_describes_itself_again(tmp_path: Path) -> None:
     nodes, config = fake_nodes(), live_config("federation.cohort=1000")
 
@@ -228,6 +296,57 @@ def test_a_node_that_lost_users_describes_itself_again(tmp_path: Path) -> None:
     assert nodes.asked_of("describe") == {31: 1, 12: 1, 23: 2}
 
 
+def test_what_has_come_is_collected_a_few_at_a_time_and_nothing_is_left(tmp_path: Path) -> None:
+    nodes = FakeNodes({number: FakeNode(number, {"train": 1}, order=number) for number in range(9)})
+    nodes.nodes[3].changed = silent_in(1)
+    run(nodes, tmp_path, live_config("federation.rounds=1", "federation.cohort=9", "deployment.nodes=9"))
+    assert history(tmp_path)[0]["nodes"] == 8
+    assert nodes.most_at_once == 2  # deployment.replies
+    assert not nodes.waiting
+
+
+# -------------------------------------------------------------------------------- silence
+
+
+def always_silent(letter: Letter, answer: Answer) -> Answer | None:
+    return None if letter.kind == "train" else answer
+
+
+def test_a_node_that_is_always_silent_rests_longer_and_longer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = live_config("deployment.nodes=2", "federation.rounds=12", "federation.cohort=20", "deployment.quorum=0.1")
+    nodes = at_once(fake_nodes())
+    nodes.nodes[12].changed = always_silent
+    assert_same(run(nodes, tmp_path, config), plain(config, missing_in(12, *range(13))))
+    lines = history(tmp_path)
+    asked = [line["round_index"] for line in lines if line["nodes_asked"] == 3]
+    assert asked == [1, 2, 4, 7, 12]  # it rests for 1, 2 and 4 rounds
+    assert asked == [line["round_index"] for line in lines if line["seconds"] >= 20]
+    assert "node 12 was silent 2 times in a row, it rests until round 3" in caplog.text
+
+
+def test_a_node_that_answers_again_is_asked_in_every_round(tmp_path: Path) -> None:
+    config = live_config("deployment.nodes=2", "federation.rounds=8", "federation.cohort=20", "deployment.quorum=0.1")
+    nodes = at_once(fake_nodes())
+    nodes.nodes[12].changed = silent_in(1, 2, 5)
+    assert_same(run(nodes, tmp_path, config), plain(config, missing_in(12, 1, 2, 3, 5)))
+
+
+def test_nobody_rests_where_too_few_would_be_left(tmp_path: Path) -> None:
+    config = live_config("deployment.nodes=3", "federation.cohort=20", "deployment.quorum=0.1")
+    nodes = at_once(fake_nodes())
+    nodes.nodes[12].changed = silent_in(1, 2, 3)
+    assert_same(run(nodes, tmp_path, config), plain(config, missing_in(12, 1, 2, 3)))
+    assert [line["nodes_asked"] for line in history(tmp_path)] == [3] * 5
+
+
+def test_who_rests_is_not_evaluated(tmp_path: Path) -> None:
+    config = live_config("deployment.nodes=2", "federation.rounds=2", "federation.cohort=20", "deployment.quorum=0.1")
+    nodes = at_once(fake_nodes())
+    nodes.nodes[12].changed = always_silent
+    run(nodes, tmp_path, config)
+    assert nodes.asked_of("evaluate") == {31: 1, 23: 1}
+
+
 # -------------------------------------------------------------------------------- the pool
 
 
@@ -235,16 +354,12 @@ def test_the_pool_goes_once_to_each_node_and_version(tmp_path: Path) -> None:
     """Silence of two nodes refuses the first try; the second one is of the same version, which 31 keeps by now."""
     nodes, config = fake_nodes(), live_config("federation.rounds=1", "deployment.quorum=0.9")
     for node in (12, 23):
-        nodes.nodes[node].changed = first_try_silent
+        nodes.nodes[node].hears = lambda letter: letter.kind != "train" or letter.instructions.attempt > 1
     run(nodes, tmp_path, config)
     assert [letter.pool is None for letter in nodes.letters("train", 31)] == [False, True]
     assert [letter.pool is None for letter in nodes.letters("train", 12)] == [False, False]
     evaluated = nodes.letters("evaluate")
     assert all(letter.pool is not None for letter in evaluated)  # the round made another version
-
-
-def first_try_silent(letter: Letter, answer: Answer) -> Answer | None:
-    return None if letter.kind == "train" and letter.instructions.attempt == 1 else answer
 
 
 def test_a_node_that_lost_the_version_is_sent_it_at_once(tmp_path: Path) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
 
 from federation.cohorts import draw_cohort
 from federation.errors import RunError
-from federation.exchange import Refusal
+from federation.exchange import Answer, Letter, Refusal
 from federation.streams import Streams
 from server.checkpoint import rounds
 from tests.server.live.fake_nodes import FakeNode, FakeNodes
 from tests.server.live.small_federation import (
     assert_same,
+    at_once,
     audit,
     cohort_of,
     fake_nodes,
@@ -24,6 +27,7 @@ from tests.server.live.small_federation import (
     live_config,
     missing_in,
     plain,
+    row_without,
     rubbish,
     run,
     silent_in,
@@ -104,18 +108,82 @@ def test_a_node_in_quarantine_leaves_a_gap_and_nothing_else(tmp_path: Path) -> N
 
 
 def test_whoever_is_in_quarantine_does_not_count_for_the_quorum(tmp_path: Path) -> None:
-    """Else one bad node could end a federation of two."""
+    """Else one bad node could end a federation of two. The second try is as if it were not there."""
     nodes, config = fake_nodes(), live_config("deployment.quorum=0.9", "federation.rounds=4")
     nodes.nodes[31].changed = rubbish
-    assert_same(run(nodes, tmp_path, config), plain(config, missing_in(31, 2, 3, 4)))
+    expected = plain(config, missing_in(31, 3, 4), row=row_without(31, 2))
+    assert_same(run(nodes, tmp_path, config), expected)
     assert [line["attempt"] for line in history(tmp_path)] == [1, 2, 1, 1]
+
+
+def test_a_cohort_of_nodes_in_quarantine_alone_is_drawn_again(tmp_path: Path) -> None:
+    """A cohort of one: in some round it is a user of the node that is left out."""
+    config = live_config("federation.cohort=1", "federation.rounds=6", "deployment.quarantine_rounds=20")
+    nodes = fake_nodes()
+    nodes.nodes[23].changed = lambda letter, answer: "nothing" if letter.kind == "train" else answer
+    drawn = [index for index in range(1, 7) if cohort_of(config, index)[0] in users_of(23)]
+    assert_same(run(nodes, tmp_path, config), plain(config, row=row_without(23, *drawn)))
+    assert len(drawn) > 1
+    assert [line["round_index"] for line in history(tmp_path) if line["attempt"] == 2] == drawn
+
+
+# -------------------------------------------------------------------------------- between tries
+
+
+def away(start: float, end: float, nodes: FakeNodes, kinds: Collection[str]) -> Callable[[Letter, Answer], Answer]:
+    """A node whose agent is away for some time."""
+    return lambda letter, answer: (
+        Refusal("no agent", "it is down") if letter.kind in kinds and start <= nodes.time.now < end else answer
+    )
+
+
+@pytest.mark.parametrize(("kinds", "tries"), [(("train", "describe"), 2), (("train",), 3)])
+def test_a_node_that_most_users_are_of_may_be_away_for_a_while(
+    tmp_path: Path, kinds: tuple[str, ...], tries: int
+) -> None:
+    """Two nodes, 7 and 4 users, and the larger one's agent is started again."""
+    nodes = fake_nodes(sizes=(7, 4))
+    nodes.nodes[31].changed = away(1.0, 30.0, nodes, kinds)
+    config = live_config("deployment.nodes=2", "federation.rounds=2")
+    assert_same(run(nodes, tmp_path, config), plain(config, row=lambda round_index: range(11)))
+    assert history(tmp_path)[0]["attempt"] == tries
+    assert nodes.time.now > 30
+
+
+def test_tries_are_further_and_further_apart(tmp_path: Path) -> None:
+    nodes = fake_nodes()
+    for node in nodes.nodes.values():
+        node.changed = away(0.0, 1e9, nodes, ["train"])
+    with pytest.raises(RunError, match=r"4 tries \(deployment.attempts\) were no better"):
+        run(nodes, tmp_path, live_config("deployment.attempts=4"))
+    asked = [moment for moment, to, letter in nodes.posted if letter.kind == "train" and to == 12]
+    pauses = [round(later - sooner) for sooner, later in itertools.pairwise(asked)]
+    assert pauses == [6, 26, 41]  # 5, 25, join_seconds = 40, and a second for the answers
+    assert nodes.time.now < asked[-1] + 2  # nobody waits after the last one
+
+
+def test_the_next_try_is_without_those_that_do_not_come_back(tmp_path: Path) -> None:
+    nodes = at_once(fake_nodes())
+    nodes.nodes[31].changed = away(0.8, 1e9, nodes, ["train", "describe", "evaluate"])
+    config = live_config("deployment.nodes=2", "deployment.quorum=0.9", "federation.cohort=20", "federation.rounds=2")
+    assert_same(run(nodes, tmp_path, config), plain(config, row=row_without(31, 2)))
+    assert [(line["attempt"], line["nodes_asked"]) for line in history(tmp_path)] == [(1, 3), (2, 2)]
+
+
+def test_a_slow_node_does_not_end_a_federation_that_has_enough_others(tmp_path: Path) -> None:
+    """It describes itself in time, but trains too long: two tries are lost, the third is without it."""
+    nodes = at_once(fake_nodes())
+    nodes.nodes[23].changed = lambda letter, answer: None if letter.kind == "train" else answer
+    config = live_config("deployment.nodes=2", "deployment.quorum=0.9", "federation.cohort=20", "federation.rounds=1")
+    assert_same(run(nodes, tmp_path, config), plain(config, row=row_without(23, 1)))
+    assert history(tmp_path)[0]["attempt"] == 3
 
 
 # -------------------------------------------------------------------------------- too few
 
 
 def test_too_few_nodes_end_the_run_with_the_counts(tmp_path: Path) -> None:
-    nodes = fake_nodes()
+    nodes = at_once(fake_nodes())
     nodes.online_at = lambda node, now: node != 31
     nodes.nodes[23].changed = lambda letter, answer: Refusal("no agent", "it is down")
     with pytest.raises(RunError) as raised:
@@ -139,7 +207,7 @@ def test_nodes_that_vanish_end_the_run_with_the_last_round_kept(tmp_path: Path) 
 
 
 def test_a_node_that_comes_in_time_is_waited_for(tmp_path: Path) -> None:
-    nodes = fake_nodes()
+    nodes = at_once(fake_nodes())
     nodes.online_at = lambda node, now: node != 31 or now > 30
     assert_same(run(nodes, tmp_path), plain(live_config()))
     assert nodes.asked_of("describe") == {31: 1, 12: 1, 23: 1}

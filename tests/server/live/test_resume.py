@@ -18,7 +18,7 @@ from federation.exchange import Answer, Letter
 from server import checkpoint
 from server.checkpoint import checksum, load_latest, rounds
 from server.history import History, read_history
-from server.live.folder import StateFolder
+from server.live.folder import StateFolder, opened
 from server.live.loop import RoundLine
 from tests.server.live.fake_nodes import FakeNodes
 from tests.server.live.small_federation import (
@@ -104,19 +104,23 @@ POINTS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
 """What is called there, and in which call the run dies, before or after it."""
 
 
-def dying(point: str) -> Callable[..., Any]:
-    """The function at a point, that raises `Crash` in its time."""
+def kill_at(point: str, patch: pytest.MonkeyPatch) -> None:
+    """The function at a point raises `Crash` in its time, and from then on nothing is saved: the process is dead."""
     owner, name, is_time = POINTS[point]
     real = getattr(owner, name)
+
+    def dead(*arguments: Any) -> None:
+        raise Crash
 
     def crashing(*arguments: Any) -> Any:
         if not is_time(*arguments):
             return real(*arguments)
         if point.startswith("after"):
             real(*arguments)
+        patch.setattr(StateFolder, "save", dead)
         raise Crash
 
-    return crashing
+    patch.setattr(owner, name, crashing)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +134,7 @@ def test_killed_anywhere_and_started_again_it_ends_with_the_same_bits(
     run(fake_nodes(), tmp_path / "undisturbed", config)
     nodes = fake_nodes()
     with monkeypatch.context() as patch:
-        patch.setattr(*POINTS[point][:2], dying(point))
+        kill_at(point, patch)
         with pytest.raises(Crash):
             run(nodes, tmp_path / "killed", config)
     run(nodes, tmp_path / "killed", config)  # the nodes have gone on living
@@ -164,7 +168,11 @@ def sigterm(nodes: FakeNodes) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize(("stop", "raised"), [(sigint, KeyboardInterrupt), (sigterm, SystemExit)])
+def error(nodes: FakeNodes) -> None:
+    raise OSError("the SuperLink is gone")
+
+
+@pytest.mark.parametrize(("stop", "raised"), [(sigint, KeyboardInterrupt), (sigterm, SystemExit), (error, OSError)])
 @pytest.mark.parametrize("place", ["train", "evaluate", "describe"])
 def test_a_polite_end_leaves_a_checkpoint_of_the_last_finished_round(
     tmp_path: Path, one_id: None, stop: Callable[[FakeNodes], None], raised: type[BaseException], place: str
@@ -188,6 +196,27 @@ def test_a_polite_end_leaves_a_checkpoint_of_the_last_finished_round(
     run(nodes, tmp_path / "ended", config)
     ended, undisturbed = (load_latest(tmp_path / name / "checkpoints") for name in ("ended", "undisturbed"))
     assert checksum(ended) == checksum(undisturbed)
+
+
+def test_sigterm_goes_on_to_the_handler_that_was_there_once_all_is_saved(tmp_path: Path) -> None:
+    """Flower's handler tells how the run has ended, and ends the process."""
+    seen: list[tuple[int, ...]] = []
+
+    def flowers(number: int, frame: Any) -> None:
+        with opened(tmp_path, config):  # the lock is free again
+            seen.append(rounds(tmp_path / "checkpoints"))
+
+    config, nodes = live_config("federation.checkpoint_every=5"), fake_nodes()
+    nodes.nodes[23].changed = lambda letter, answer: sigterm(nodes) if in_round(letter) == 3 else answer
+    before = signal.signal(signal.SIGTERM, flowers)
+    try:
+        with pytest.raises(SystemExit):
+            run(nodes, tmp_path, config)
+        assert signal.getsignal(signal.SIGTERM) is flowers
+        run(fake_nodes(), tmp_path, config)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [(0, 2)]
 
 
 def test_an_end_in_a_round_does_not_shorten_a_quarantine(tmp_path: Path) -> None:
