@@ -18,7 +18,7 @@ demo: venv
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-# What takes minutes, and the peers of the benchmarks.
+# What takes minutes, such as real processes that are killed, and the peers of the benchmarks.
 test-slow: $(VENV)/.bench
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 

@@ -18,6 +18,8 @@ from tests.deployment.conftest import CHANGES, differing, final_values
 
 SECONDS = 240.0
 
+pytestmark = pytest.mark.slow
+
 
 def start_agent(deployment: Deployment, node: int) -> None:
     state = deployment.root / f"state-{node}"
