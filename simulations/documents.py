@@ -118,8 +118,10 @@ def _figures(records: Sequence[Record], kind: str) -> str:
     """The first figure heads the table when it has several values: it is what the others depend on."""
     columns = [{label: values for label, *values in figures(record, kind)} for record in records]
     rows = [(label, *(value for column in columns for value in column.get(label, ["—"]))) for label in columns[0]]
-    head, rows = (rows[0], rows[1:]) if len(rows[0]) > 2 else (("figure", "value"), rows)
-    return _markdown(head, rows)
+    width = len(rows[0])
+    if width > 2 and all(rows[0]):
+        return _markdown(rows[0], rows[1:])
+    return _markdown(("figure", "value", *[""] * (width - 2)), rows)
 
 
 def _settings(section: str) -> str:
