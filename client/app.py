@@ -131,10 +131,10 @@ def _own_users(said: UserConfig) -> dict[str, Any]:
 def _experiments_users(context: Context) -> dict[str, Any]:
     """A part of the users of the run's experiment, if it is one of ours."""
     from federation.config import load_config
-    from federation.experiments import EXPERIMENTS
+    from federation.experiments import our_experiments
 
     said, name = context.node_config, str(context.run_config["experiment"])
-    ours = {path.stem: path for path in EXPERIMENTS.glob("*.toml")}
+    ours = our_experiments()
     if name not in ours:
         raise ConfigError(
             f"a node without an agent or data has the users of an experiment of ours ({', '.join(sorted(ours))}), this "

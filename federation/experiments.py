@@ -10,9 +10,14 @@ from federation.plugins import suggest
 EXPERIMENTS = Path(__file__).parent.parent / "simulations" / "experiments"
 
 
+def our_experiments() -> dict[str, Path]:
+    """The files of ours, by name."""
+    return {path.stem: path for path in EXPERIMENTS.glob("*.toml")}
+
+
 def experiment_path(name: str) -> Path:
     """The file of an experiment: one of ours by name, or a path. Raises ConfigError for neither."""
-    ours = {path.stem: path for path in EXPERIMENTS.glob("*.toml")}
+    ours = our_experiments()
     if name in ours:
         return ours[name]
     if not name.endswith(".toml"):
