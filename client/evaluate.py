@@ -12,7 +12,7 @@ from client.personal import (
     personal_sections,
     personal_values,
     personalised,
-    policy_masks,
+    task_masks,
     tuning_of,
 )
 from client.task import Task, row_format
@@ -29,7 +29,7 @@ def user_losses(task: Task, values: Values, examples: Examples, user_ids: UserId
     are in the pool. tuned_loss: with these rows tuned on the support part, as they are read back from their bytes.
     """
     model = task.model
-    active = active_rows(values, model.spec, policy_masks(task, values, examples, user_ids))
+    active = active_rows(values, model.spec, task_masks(task, values, examples, user_ids))
     tuned = _tuned(task, active, examples, user_ids)
     test = examples.batch(user_ids, "test", None, task.streams)
     losses = {}

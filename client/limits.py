@@ -11,15 +11,23 @@ from federation.errors import NodeError
 class TaskLimits(Settings):
     """The most that a task may set, for each user that it works on."""
 
-    steps: PositiveInt = Field(1000, description="largest local.steps and personal.steps")
+    steps: PositiveInt = Field(1000, description="largest number of steps: local, personal, of a reward, of an embedding")
     examples: PositiveInt = Field(4096, description="largest number of examples, of a step or to measure gains on")
     samples: PositiveInt = Field(256, description="largest gate.samples")
 
     def check(self, task: TaskConfig) -> None:
         """Raises NodeError for a task that sets more."""
-        local, personal = task.local, task.personal
-        self._check("steps", {"local.steps": local.steps, "personal.steps": personal.steps})
-        self._check("samples", {"gate.samples": task.gate.samples})
+        local, personal, gate = task.local, task.personal, task.gate
+        self._check(
+            "steps",
+            {
+                "local.steps": local.steps,
+                "personal.steps": personal.steps,
+                "gate.reward.steps": gate.reward.steps,
+                "gate.rebuild": gate.rebuild,
+            },
+        )
+        self._check("samples", {"gate.samples": gate.samples})
         self._check(
             "examples",
             {

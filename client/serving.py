@@ -24,7 +24,7 @@ from client.personal import (
     personal_schema,
     personal_sections,
     personal_values,
-    policy_masks,
+    task_masks,
     served_rows,
     tuning_of,
 )
@@ -182,7 +182,7 @@ class Serving:
         task, values = self._node.loaded(version)
         ids, spec = _one(user_id), task.model.spec
         with making_tensors_on(self._node.device):
-            active = active_rows(values, spec, policy_masks(task, values, self._node, ids))
+            active = active_rows(values, spec, task_masks(task, values, self._node, ids))
             personal = personal_values(task, active, tuning_of(task.config.personal), self._node, ids)
         kept = Kept(version, _encoded(task, personal_sections(active, personal), version))
         before = self._query_loss(task, active.rows, ids)
@@ -220,7 +220,7 @@ class Serving:
         mask_ug = self._masks.get(key)
         if mask_ug is None:
             with making_tensors_on(self._node.device):
-                mask_ug = policy_masks(task, values, self._node, _one(user_id))
+                mask_ug = task_masks(task, values, self._node, _one(user_id))
             with self._keeping:
                 if self._node.holds(user_id):  # else it was forgotten meanwhile
                     newest = list(self._masks.items())[-(_REMEMBERED - 1) :]

@@ -9,11 +9,13 @@ from client.round import LocalRule
 from client.state import RecordLayout
 from federation.base import BaseModel
 from federation.config import CodecConfig, PoolConfig, Precision, TaskConfig
+from federation.estimators.registry import check_estimator, make_estimator
 from federation.formats import RowFormat
 from federation.gate import GateSpec
 from federation.pool.model import PooledModel
 from federation.precision import in_precision
-from federation.state import gate_spec, schema_of
+from federation.qualities import make_quality
+from federation.state import GATE_SECTION, LOAD_SECTION, PRICE_SECTION, gate_spec, schema_of
 from federation.streams import Streams
 from federation.update import Schema
 
@@ -33,9 +35,15 @@ class Task:
     def schema(self) -> Schema:
         return schema_of(self.model.spec, self.gate, self.config.gate)
 
-    @property
+    @cached_property
     def local(self) -> LocalRule:
-        return LocalRule(self.config.gate, self.config.local)
+        """Raises ConfigError for an estimator that does not suit the masks or the reward."""
+        gate = self.config.gate
+        quality = make_quality(gate.reward.quality)
+        estimator = make_estimator(gate.estimator, gate.distribution)
+        if gate.policy == "gate":
+            check_estimator(estimator, gate.estimator.name, gate.distribution, gate.samples, quality.differentiable)
+        return LocalRule(gate, self.config.local, estimator, quality)
 
     @property
     def streams(self) -> Streams:
@@ -47,8 +55,9 @@ class Task:
 
     @property
     def update_formats(self) -> dict[str, RowFormat]:
-        """How each part of an update is written: the gate's gradient always as fp32."""
-        return {"pool": row_format(self.config.codec), "gate": RowFormat("fp32")}
+        """How each part of an update is written: all but the pool's rows as fp32."""
+        dense = dict.fromkeys((GATE_SECTION, LOAD_SECTION, PRICE_SECTION), RowFormat("fp32"))
+        return {"pool": row_format(self.config.codec), **dense}
 
 
 def wrap(base: BaseModel, pool: PoolConfig, precision: Precision) -> PooledModel:

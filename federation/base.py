@@ -21,6 +21,7 @@ class BaseModel:
     loss(module, inputs (B, ...), targets (B, ...)) -> (B,), mean nats per target of each example.
     features(module, inputs (B, ...)) -> (B, feature_width), what the gate may know of an example.
     name: goes into records and checkpoints.
+    accuracy(module, inputs, targets) -> (B,), the share of each example's targets that are right, where that can be said.
     """
 
     module: nn.Module
@@ -29,6 +30,7 @@ class BaseModel:
     feature_width: int
     target_modules: tuple[str, ...]
     name: str
+    accuracy: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
 
 
 def frozen(module: nn.Module) -> nn.Module:
@@ -55,6 +57,12 @@ def target_log_probs(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tens
 def causal_lm_loss(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean next-token loss of a window: (B, T) and (B, T) -> (B,) nats per token. See `target_log_probs`."""
     return -target_log_probs(module, inputs, targets).mean(1)
+
+
+def causal_lm_accuracy(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Share of a window's next tokens that are the likeliest ones: (B, T) and (B, T) -> (B,)."""
+    logits = module(input_ids=inputs, use_cache=False).logits
+    return (logits.argmax(2) == targets).float().mean(1)
 
 
 def causal_lm_features(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -84,4 +92,5 @@ def causal_lm_base(module: nn.Module, target_modules: tuple[str, ...], name: str
         feature_width=int(module.config.hidden_size),  # type: ignore[union-attr, arg-type]
         target_modules=target_modules,
         name=name,
+        accuracy=causal_lm_accuracy,
     )

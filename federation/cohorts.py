@@ -19,7 +19,8 @@ def draw_cohort(
 ) -> UserIds:
     """The training users of a round (counted from 1), ascending. `streams` is the run's.
 
-    With sampling "uniform", `federation.cohort` different users, drawn anew each round. With "epochs", everyone takes
+    With sampling "uniform", `federation.cohort` different users of those who have joined by then, drawn anew each
+    round: users join in the order of `train_users`. With "epochs", everyone takes
     part once in `rounds_per_epoch` rounds: an epoch's cohorts are dealt out from one permutation, and the last of
     them is what is left.
 
@@ -33,6 +34,7 @@ def draw_cohort(
         )
     if federation.sampling == "uniform":
         dealt, places = streams.at("round", round_index, "cohort"), np.arange(size)
+        count = federation.joined(count, round_index)
     else:
         epoch, turn = divmod(round_index - 1, rounds_per_epoch(count, size))
         dealt, places = streams.at("epoch", epoch, "cohort"), np.arange(turn * size, min(count, (turn + 1) * size))

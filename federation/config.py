@@ -38,36 +38,118 @@ class PoolConfig(Settings):
 
     rank: PositiveInt = Field(32, description="units per module (R)")
     scale: PositiveFloat = Field(2.0, description="s in y = base(x) + s (x down^T) up")
-    start: Literal["fresh", "teacher"] = Field("fresh", description="first rows; teacher: the population's best ones")
+    start: Literal["fresh", "teacher", "trained"] = Field(
+        "fresh", description="first rows; teacher: the population's best ones; trained (of a variant): the run's own"
+    )
     target_modules: tuple[str, ...] | None = Field(None, description="as in PEFT; the base model's own by default")
+
+
+class PluginConfig(Settings):
+    """A plugin by name, and its options."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class EstimatorConfig(PluginConfig):
+    """How the gate's gradient is estimated."""
+
+    name: str = Field("reinforce_gain", description="an estimator, as in fedquilt.estimators")
+
+
+class QualityConfig(PluginConfig):
+    """What a user's reward measures."""
+
+    name: str = Field("loss", description="loss (its negative), accuracy, or a plugin of fedquilt.qualities")
+
+
+class RewardConfig(Settings):
+    """What a mask is worth to a user: quality on the query part, minus a price for what it switches on."""
+
+    quality: QualityConfig = QualityConfig()
+    steps: int = Field(0, ge=0, description="SGD steps on the support part before the quality is measured")
+    price: float = Field(0.0, ge=0, description="lambda, of a unit of mean cost; with a target: where it begins")
+    cost: Literal["units", "parameters"] | dict[str, PositiveFloat] = Field(
+        "units", description="of a unit: 1, its parameters, or by module (measured latency); the mean counts as 1"
+    )
+    target: float | None = Field(None, gt=0, lt=1, description="share of active units to steer the price to")
+    price_rate: PositiveFloat = Field(0.2, description="step of log lambda for a share that is off by the target")
+
+    @model_validator(mode="after")
+    def _target_needs_a_price(self) -> Self:
+        if self.target is not None and not self.price:
+            raise ValueError("a price that is steered to a target begins above 0; set price = 1e-3, say")
+        return self
+
+
+Policy = Literal["gate", "saliency", "magnitude", "random", "all"]
+GateInput = Literal["gains", "context", "embedding"]
 
 
 class GateConfig(Settings):
     """How users' masks are chosen, and how the gate learns."""
 
-    policy: Literal["gate", "saliency", "random", "all"] = Field("gate", description="what chooses masks")
-    distribution: Literal["budget", "bernoulli"] = Field("budget", description="fixed budget per module, or not")
-    budget: PositiveInt = Field(8, description="active units per module (k)")
+    policy: Policy = Field("gate", description="what chooses masks")
+    inputs: tuple[GateInput, ...] = Field(
+        ("gains", "context", "embedding"), description="what the gate knows of a user; nothing: one mask for all"
+    )
+    distribution: Literal["budget", "bernoulli"] = Field("budget", description="fixed budget, or each unit on its own")
+    scope: Literal["module", "global"] = Field("module", description="budget units in each module, or as many in all")
+    budget: PositiveInt = Field(8, description="active units per module (k), on average where the scope is global")
+    budgets: tuple[PositiveInt, ...] = Field((), description="budgets drawn from, one a round; the budget by default")
+    windows: tuple[PositiveInt, ...] = Field(
+        (), description="numbers of examples that gains and context are taken from, one a round; all by default"
+    )
     embedding: PositiveInt = Field(8, description="width of the private user embedding")
+    embedding_rate: float = Field(0.1, ge=0, description="step of the private embedding along its policy gradient")
+    rebuild: int = Field(0, ge=0, description="such steps for a user whose embedding is not known, before it is used")
     hidden: PositiveInt = Field(32, description="width of the gate's hidden layer")
     factors: PositiveInt = Field(16, description="width D of the unit factors e_g = a_j * b_r")
     initial_alpha: PositiveFloat = Field(4.0, description="initial weight of the standardised gain")
-    samples: int = Field(4, ge=2, description="masks per user and round, for the leave-one-out baseline (K)")
-    exploration: float = Field(0.05, ge=0, lt=1, description="share of masks drawn uniformly")
+    estimator: EstimatorConfig = EstimatorConfig()
+    samples: PositiveInt = Field(4, description="masks per user and round that are tried (K)")
+    reward: RewardConfig = RewardConfig()
+    exploration: float = Field(0.05, ge=0, lt=1, description="share of masks drawn for units that are rarely used")
     entropy: float = Field(0.0, ge=0, description="weight of the entropy bonus")
-    price: float = Field(0.0, ge=0, description="price of an active unit (Bernoulli only)")
-    embedding_rate: float = Field(0.1, ge=0, description="step of the private embedding along its policy gradient")
+    balance: float = Field(0.0, ge=0, description="weight of the load balance: rarely used units are worth more")
+    every: PositiveInt = Field(1, description="the gate learns in each n-th round after the warm-up")
+    schedule: Literal["together", "alternate"] = Field(
+        "together", description="alternate: where the gate learns, the pool rests"
+    )
     warmup: int = Field(20, ge=0, description="first rounds with random masks: gains are zero while up = 0")
 
     def max_rows(self, rank: int) -> int:
         """Most units of one module, of a pool with `rank`, that a user may train."""
-        fixed = self.policy != "all" and self.distribution == "budget"
-        return self.budget if fixed else rank
+        per_module = self.policy != "all" and self.distribution == "budget" and self.scope == "module"
+        return max((self.budget, *self.budgets)) if per_module else rank
+
+    def chooses(self, round_index: int) -> bool:
+        """Whether the gate chooses the masks of a round (counted from 1)."""
+        return self.policy == "gate" and round_index > self.warmup
+
+    def learns(self, round_index: int) -> bool:
+        """Whether the gate is trained in a round (counted from 1)."""
+        return self.chooses(round_index) and (round_index - self.warmup - 1) % self.every == 0
+
+    def rests(self, round_index: int) -> bool:
+        """Whether the pool is left as it is in a round, while the gate learns."""
+        return self.schedule == "alternate" and self.learns(round_index)
 
     @model_validator(mode="after")
     def _price_needs_bernoulli(self) -> Self:
-        if self.price and self.distribution != "bernoulli":
-            raise ValueError("with a fixed budget a price has no gradient; set distribution = 'bernoulli' or price = 0")
+        equal = self.scope == "module" or self.reward.cost == "units"
+        if self.reward.price and self.distribution == "budget" and equal:
+            raise ValueError(
+                "a price on a fixed budget of equal units has no gradient; set distribution = 'bernoulli', or price 0"
+            )
+        if self.reward.target is not None and self.distribution == "budget":
+            raise ValueError("a budget fixes the share of active units; set distribution = 'bernoulli', or no target")
+        return self
+
+    @model_validator(mode="after")
+    def _alternation_leaves_the_pool_rounds(self) -> Self:
+        if self.schedule == "alternate" and self.every == 1:
+            raise ValueError("an alternating gate that learns in every round leaves the pool none; set every = 2")
         return self
 
 
@@ -108,13 +190,6 @@ class CodecConfig(Settings):
     top: float = Field(1.0, gt=0, le=1, description="share of values kept (ternary)")
 
 
-class PluginConfig(Settings):
-    """A plugin by name, and its options."""
-
-    name: str
-    options: dict[str, Any] = Field(default_factory=dict)
-
-
 class StrategyConfig(PluginConfig):
     """An aggregation strategy."""
 
@@ -144,11 +219,26 @@ class FederationConfig(Settings):
 
     rounds: int = Field(140, ge=0)
     cohort: PositiveInt = Field(32, description="users per round")
+    present: float = Field(1.0, gt=0, le=1, description="share of users there in the first round; the others join")
     shards: PositiveInt = Field(4, description="fixed parts of the population (S), whatever the number of workers")
     sampling: Literal["uniform", "epochs"] = Field(
         "uniform", description="cohorts drawn anew each round, or dealt out so that all take part once per epoch"
     )
     checkpoint_every: PositiveInt = Field(1, description="rounds between checkpoints")
+
+    @model_validator(mode="after")
+    def _epochs_are_of_everyone(self) -> Self:
+        if self.present < 1 and self.sampling == "epochs":
+            raise ValueError(
+                "an epoch deals out everyone, so users cannot join; set sampling = 'uniform', or present = 1"
+            )
+        return self
+
+    def joined(self, users: int, round_index: int) -> int:
+        """How many of the users are there in a round (counted from 1): they join evenly, the last in the last."""
+        late, last = round((1 - self.present) * users), max(1, self.rounds - 1)
+        came = late * min(round_index - 1, last) // last
+        return min(users, max(self.cohort, users - late + came))
 
 
 Precision = Literal["fp32", "bf16"]
@@ -218,8 +308,9 @@ class TaskConfig(Settings):
 
     @model_validator(mode="after")
     def _budget_fits(self) -> Self:
-        if self.gate.policy != "all" and self.gate.budget > self.pool.rank:
-            raise ValueError(f"gate.budget ({self.gate.budget}) cannot exceed pool.rank ({self.pool.rank}); lower it")
+        largest = max((self.gate.budget, *self.gate.budgets))
+        if self.gate.policy != "all" and largest > self.pool.rank:
+            raise ValueError(f"gate.budget ({largest}) cannot exceed pool.rank ({self.pool.rank}); lower it")
         return self
 
 
@@ -237,6 +328,9 @@ class RunConfig(TaskConfig):
     compute: ComputeConfig = ComputeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     deployment: DeploymentConfig = DeploymentConfig()
+    variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="further federations that methods may name: settings that differ, as tables"
+    )
 
     @property
     def task(self) -> TaskConfig:
@@ -309,17 +403,29 @@ def _explain(kind: type[Settings], fault: Mapping[str, Any]) -> str:
     place = [str(step) for step in fault["loc"]]
     where = ".".join(place) or kind.__name__
     if fault["type"] == "extra_forbidden":
-        known = _known_keys(kind, place[:-1])
-        near = difflib.get_close_matches(place[-1], known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
-        return f"unknown key {where!r}; {hint}"
+        return f"unknown key {where!r}; {_meant(place, _keys(kind, place[:-1]))}"
     return f"{where}: {str(fault['msg']).removeprefix('Value error, ')} (got {fault.get('input')!r})"
 
 
-def _known_keys(kind: type[Settings], path: Sequence[str]) -> list[str]:
+def _meant(place: Sequence[str], known: Mapping[str, Sequence[str]]) -> str:
+    """What an unknown key may have been meant to be: one of a section beside it, or the nearest name."""
+    *path, key = place
+    within = [".".join((*path, section, key)) for section, inner in known.items() if key in inner]
+    near = within or difflib.get_close_matches(key, known, 1)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known keys are {', '.join(known)}"
+
+
+def _keys(kind: type[Settings], path: Sequence[str]) -> dict[str, list[str]]:
+    """The keys of the section at a path, and of each the keys that it has as a section."""
+    found: type[Settings] | None = kind
     for step in path:
-        annotation = kind.model_fields[step].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, Settings)):
-            return []
-        kind = annotation
-    return sorted(kind.model_fields)
+        found = found and _section(found, step)
+    inner = {name: _section(found, name) for name in sorted(found.model_fields)} if found else {}
+    return {name: sorted(section.model_fields) if section else [] for name, section in inner.items()}
+
+
+def _section(kind: type[Settings], key: str) -> type[Settings] | None:
+    """The section that a key stands for, if it is one."""
+    field = kind.model_fields.get(key)
+    annotation = field.annotation if field else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None

@@ -1,13 +1,32 @@
 """The gate: a small policy network from a user's state to one logit per unit.
 
-    logit_ug = e_g . h(state_u) + alpha * gain_ug
+    logit_ug = e_g . h(u) + exp(log_alpha + a . v_u) * (z_ug - c)
 
-The gain is standardised per user and module. e_g = a_j * b_r (elementwise), so the gate grows with J + R,
-not with G = J * R. The last layer of h is zero at first: an untrained gate is the saliency rule "take the
-units of highest first-order gain", and training learns what to correct.
+    v_u = GELU(W1 x_u + b1), h(u) = W2 v_u + b2, and e_g = m_j * n_r (elementwise) for unit g = (j, r), so that the
+    gate grows with J + R, not with G = J * R;
+    x_u = layer-normed features, budget share, log2(1 + examples) / 8, embedding;
+    z_ug = gain, standardised per user and module; c is in its units.
 
-The parameters phi are one flat row, the way they travel: section "gate", one row of |phi| numbers.
-Shapes: U users, F features, E embedding, H hidden, D factor width, J modules, R ranks, G units.
+How far the gate trusts the gains depends on the user, and on how many examples they come from. c shifts all logits
+of a user alike: masks with a fixed budget do not see it, Bernoulli masks are sparser for a larger c.
+
+The last layer of h and a are zero at first: an untrained gate is the saliency rule "take the units of highest
+first-order gain", and training learns what to correct.
+
+The parameters phi are one flat row, the way they travel: section "gate", one row of |phi| numbers, in this order.
+
+    symbol      part            shape
+    W1          input_weight    (H, F + 2 + E)
+    b1          input_bias      (H,)
+    W2          output_weight   (D, H)
+    b2          output_bias     (D,)
+    m           module_factor   (J, D)
+    n           rank_factor     (R, D)
+    log_alpha   log_alpha       (1,)
+    a           alpha_weight    (H,)
+    c           threshold       (1,)
+
+Shapes: U users, F features, I inputs, E embedding, H hidden, D factor width, J modules, R ranks, G units.
 """
 
 from __future__ import annotations
@@ -15,6 +34,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +53,16 @@ class GateState:
     features_uf: (U, F), from the frozen model over the user's support data.
     embedding_ue: (U, E), private, trained along with the gate.
     gain_ug: (U, G), first-order gain of switching a unit on, in any unit of measure; all zero says nothing.
+    examples_u: (U,), how many examples (their weight) the features and the gains were taken from; 0 is allowed.
     budget_share: the active share k / R asked for.
+
+    What the gate is not told is zero: all features, all gains, the embedding.
     """
 
     features_uf: Tensor
     embedding_ue: Tensor
     gain_ug: Tensor
+    examples_u: Tensor
     budget_share: float
 
 
@@ -56,19 +80,20 @@ def standardise(gain_ug: Tensor, modules: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Hidden:
-    """The hidden layer h(state_u): GELU's value and slope (U, H), and what the units' factors meet, (U, D)."""
+    """GELU's value v_u and slope (U, H), what the units' factors meet, h(u) (U, D), and the trust in gains (U, 1)."""
 
     value_uh: Tensor
     slope_uh: Tensor
     output_ud: Tensor
+    alpha_u1: Tensor
 
 
 @dataclass(frozen=True)
 class GateSpec:
     """The shape of a gate, and its functions.
 
-    alpha is kept as its logarithm: it stays positive, so training may mute the gains but never turn them
-    around, and an optimizer's step on it is relative.
+    The trust in gains is kept as its logarithm: it stays positive, so training may mute the gains but never turn
+    them around, and an optimizer's step on it is relative.
 
     Raises ConfigError for a width below 1 (an embedding may be 0 wide) and for an initial_alpha not above 0.
     """
@@ -97,13 +122,15 @@ class GateSpec:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Where everything lies in phi, in order."""
         return {
-            "input_weight": (self.hidden, self.feature_width + self.embedding_width + 1),
+            "input_weight": (self.hidden, self.feature_width + 2 + self.embedding_width),
             "input_bias": (self.hidden,),
             "output_weight": (self.factor_width, self.hidden),
             "output_bias": (self.factor_width,),
             "module_factor": (self.modules, self.factor_width),
             "rank_factor": (self.rank, self.factor_width),
             "log_alpha": (1,),
+            "alpha_weight": (self.hidden,),
+            "threshold": (1,),
         }
 
     @cached_property
@@ -122,8 +149,17 @@ class GateSpec:
         pieces = torch.split(phi, [math.prod(shape) for shape in self.shapes.values()], -1)
         return {name: piece.view(*phi.shape[:-1], *shape) for (name, shape), piece in zip(self.shapes.items(), pieces)}
 
-    def init(self, generator: torch.Generator) -> Tensor:
-        """Fresh parameters (1, |phi|) of a gate that is exactly alpha * standardised gain."""
+    def init(self, generator: torch.Generator, share: float) -> Tensor:
+        """Fresh parameters (1, |phi|) of a gate that is exactly alpha * (z - c).
+
+        share: of the units whose first logit is positive, if gains are normally distributed: c = Phi^-1(1 - share).
+        A share of 1 counts as 0.9999, so c is never below -3.72. Raises ConfigError unless 0 < share <= 1.
+        """
+        if not 0 < share <= 1:
+            raise ConfigError(
+                f"a gate begins with a share of active units within (0, 1], got {share}; "
+                "set a budget of at least 1, and at most the pool's rank"
+            )
         phi = torch.zeros(1, self.size)
         parts = self.parts(phi)
         bound = 1.0 / math.sqrt(self.shapes["input_weight"][1])
@@ -132,14 +168,16 @@ class GateSpec:
             # The product of two has a standard deviation of 1 / sqrt(D), so e_g has a norm of about 1.
             parts[factor].normal_(0.0, self.factor_width**-0.25, generator=generator)
         parts["log_alpha"].fill_(math.log(self.initial_alpha))
+        parts["threshold"].fill_(-NormalDist().inv_cdf(min(share, 0.9999)))
         return phi
 
     def logits(self, phi: Tensor, state: GateState) -> Tensor:
         """(U, G) logits, unit (j, r) at j * R + r."""
         parts = self.parts(phi)
-        factored_ujd = self._hidden(parts, self._inputs(state)).output_ud[:, None] * parts["module_factor"]
+        hidden = self._hidden(parts, self._inputs(state))
+        factored_ujd = hidden.output_ud[:, None] * parts["module_factor"]
         correction_ug = (factored_ujd @ parts["rank_factor"].t()).flatten(1)
-        return correction_ug + parts["log_alpha"].exp() * standardise(state.gain_ug, self.modules)
+        return correction_ug + hidden.alpha_u1 * (standardise(state.gain_ug, self.modules) - parts["threshold"])
 
     def vjp(self, phi: Tensor, state: GateState, gamma_ug: Tensor) -> tuple[Tensor, Tensor]:
         """Every user's own gradient of sum_g gamma_ug * logit_ug, with gamma held constant.
@@ -152,7 +190,10 @@ class GateSpec:
         gamma_ujr = gamma_ug.view(len(gamma_ug), self.modules, self.rank)
         d_factored_ujd = gamma_ujr @ parts["rank_factor"]
         d_output_ud = (d_factored_ujd * parts["module_factor"]).sum(1)
-        d_sum_uh = (d_output_ud @ parts["output_weight"]) * hidden.slope_uh
+        above_ug = standardise(state.gain_ug, self.modules) - parts["threshold"]
+        d_log_alpha_u1 = hidden.alpha_u1 * (above_ug * gamma_ug).sum(1, keepdim=True)
+        d_value_uh = d_output_ud @ parts["output_weight"] + d_log_alpha_u1 * parts["alpha_weight"]
+        d_sum_uh = d_value_uh * hidden.slope_uh
 
         # Each part is written where it lies in phi: a user's gradient is |phi| numbers, so copies would cost the most.
         d_phi = gamma_ug.new_empty(len(gamma_ug), self.size)
@@ -164,16 +205,18 @@ class GateSpec:
         torch.mul(d_factored_ujd, hidden.output_ud[:, None], out=out["module_factor"])
         factored_ujd = hidden.output_ud[:, None] * parts["module_factor"]
         out["rank_factor"].copy_(gamma_ujr.transpose(1, 2) @ factored_ujd)
-        paired_u1 = (standardise(state.gain_ug, self.modules) * gamma_ug).sum(1, keepdim=True)
-        torch.mul(parts["log_alpha"].exp(), paired_u1, out=out["log_alpha"])
+        out["log_alpha"].copy_(d_log_alpha_u1)
+        torch.mul(d_log_alpha_u1, hidden.value_uh, out=out["alpha_weight"])
+        torch.mul(-hidden.alpha_u1, gamma_ug.sum(1, keepdim=True), out=out["threshold"])
         d_inputs_ui = d_sum_uh @ parts["input_weight"]
-        return d_phi, d_inputs_ui[:, self.feature_width + 1 :]
+        return d_phi, d_inputs_ui[:, self.feature_width + 2 :]
 
     def _inputs(self, state: GateState) -> Tensor:
-        """Features, layer-normed, budget and embedding: (U, F + 1 + E)."""
+        """x_u: (U, I) with I = F + 2 + E."""
         features = F.layer_norm(state.features_uf, (self.feature_width,))
         budget = torch.full_like(features[:, :1], state.budget_share)
-        return torch.cat((features, budget, state.embedding_ue), 1)
+        examples = torch.log2(1 + state.examples_u.to(features))[:, None] / 8
+        return torch.cat((features, budget, examples, state.embedding_ue), 1)
 
     def _hidden(self, parts: Parts, inputs_ui: Tensor) -> _Hidden:
         sum_uh = F.linear(inputs_ui, parts["input_weight"], parts["input_bias"])
@@ -181,4 +224,5 @@ class GateSpec:
         density_uh = torch.exp(-0.5 * sum_uh.square()) / math.sqrt(2.0 * math.pi)
         value_uh = sum_uh * normal_uh
         output_ud = F.linear(value_uh, parts["output_weight"], parts["output_bias"])
-        return _Hidden(value_uh, normal_uh + sum_uh * density_uh, output_ud)
+        alpha_u1 = (parts["log_alpha"] + value_uh @ parts["alpha_weight"][:, None]).exp()
+        return _Hidden(value_uh, normal_uh + sum_uh * density_uh, output_ud, alpha_u1)

@@ -5,6 +5,7 @@ Shapes: U users, K masks per user, J modules, R ranks, G = J * R units; unit (j,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -49,8 +50,16 @@ class MaskDistribution(Protocol):
         """Entropy in nats: (U,)."""
         ...
 
+    def entropy_share(self) -> Tensor:
+        """Entropy as a share of the largest, that of `uniform()`: (U,) in [0, 1]; 1 where only one mask is possible."""
+        ...
+
     def entropy_gradient(self) -> Tensor:
-        """d entropy / d logits: (U, G)."""
+        """d entropy / d logits = -Cov(mask) @ logits: (U, G)."""
+        ...
+
+    def covariance_times(self, v_ug: Tensor) -> Tensor:
+        """Cov(mask) @ v, where Cov(mask) = d inclusion / d logits: (U, G), or (1, G) for all users, -> (U, G)."""
         ...
 
     def uniform(self) -> MaskDistribution:
@@ -60,6 +69,12 @@ class MaskDistribution(Protocol):
     def take(self, users: Tensor) -> MaskDistribution:
         """The distribution of some of the users, by position."""
         ...
+
+
+def _share(entropy_u: Tensor, largest: float) -> Tensor:
+    if not largest:
+        return torch.ones_like(entropy_u)
+    return (entropy_u / largest).clamp(0.0, 1.0)  # rounding may reach a little beyond
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +108,14 @@ class Bernoulli:
         size = self.logits_ug.abs()
         return (F.softplus(-size) + size * torch.sigmoid(-size)).sum(1)
 
+    def entropy_share(self) -> Tensor:
+        return _share(self.entropy(), self.logits_ug.shape[1] * math.log(2.0))
+
     def entropy_gradient(self) -> Tensor:
-        return -self.logits_ug * self.variance()
+        return -self.covariance_times(self.logits_ug)
+
+    def covariance_times(self, v_ug: Tensor) -> Tensor:
+        return self.variance() * v_ug
 
     def uniform(self) -> Bernoulli:
         return Bernoulli(torch.zeros_like(self.logits_ug))
@@ -150,7 +171,7 @@ class FixedBudget:
         return chosen.flatten(2)
 
     def mode(self) -> Tensor:
-        by_module = self.logits_ug.view(-1, self.rank)
+        by_module = self.logits_ug.reshape(-1, self.rank)
         best = by_module.sort(dim=1, descending=True, stable=True).indices[:, : self.budget]
         mask = torch.zeros_like(by_module, dtype=torch.bool).scatter_(1, best, True)
         return mask.view(self.logits_ug.shape)
@@ -182,14 +203,21 @@ class FixedBudget:
         entropy_l = (self._reach_rml * decision_rml).sum((0, 1))
         return entropy_l.view(-1, self.modules).sum(1)
 
+    def entropy_share(self) -> Tensor:
+        return _share(self.entropy(), self.modules * math.log(math.comb(self.rank, self.budget)))
+
     def entropy_gradient(self) -> Tensor:
-        """-Cov(mask) @ logits, where Cov(mask) = d inclusion / d logits: one forward derivative."""
+        return -self.covariance_times(self.logits_ug)
+
+    def covariance_times(self, v_ug: Tensor) -> Tensor:
+        """One forward derivative of the inclusion."""
 
         def inclusion(logits_ug: Tensor) -> Tensor:
             return FixedBudget(logits_ug, self.modules, self.budget).inclusion()
 
-        change_ug: Tensor = torch.func.jvp(inclusion, (self.logits_ug,), (self.logits_ug,))[1]
-        return -change_ug
+        logits_ug = self.logits_ug.contiguous()  # jvp refuses one row expanded to all users
+        change_ug: Tensor = torch.func.jvp(inclusion, (logits_ug,), (v_ug.expand_as(logits_ug),))[1]
+        return change_ug
 
     def uniform(self) -> FixedBudget:
         return FixedBudget(torch.zeros_like(self.logits_ug), self.modules, self.budget)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from statistics import NormalDist
 
 import torch
 
@@ -14,6 +16,8 @@ from federation.streams import Streams
 from federation.update import Schema, SectionSpec, Values
 
 GATE_SECTION = "gate"
+LOAD_SECTION = "load"
+PRICE_SECTION = "price"
 
 
 def gate_spec(model: PooledModel, config: GateConfig) -> GateSpec:
@@ -30,25 +34,48 @@ def gate_spec(model: PooledModel, config: GateConfig) -> GateSpec:
 
 
 def schema_of(pool: PoolSpec, gate: GateSpec, config: GateConfig) -> Schema:
-    """What a user may send: at most its budget of units per module, and one row for the gate if a gate is trained."""
+    """What a user may send: at most its budget of units per module and, where a gate is trained, one row each for the
+    gate (an ascent gradient), the load (how often each unit is chosen: the user's mask minus the mean so far) and the
+    price (the logarithm of lambda, if it is steered: how far the user's share of active units is off the target)."""
     sections = pool.sections(max_rows=config.max_rows(pool.rank))
     if config.policy == "gate":
         sections[GATE_SECTION] = SectionSpec(rows=1, factors={"phi": gate.size}, max_rows=1)
+        sections[LOAD_SECTION] = SectionSpec(rows=1, factors={"units": pool.units}, max_rows=1)
+        if config.reward.target is not None:
+            sections[PRICE_SECTION] = SectionSpec(rows=1, factors={"log": 1}, max_rows=1)
     return Schema(sections)
 
 
 def metric_names(gate: GateConfig, round_index: int) -> tuple[str, ...]:
-    """What every user reports of a round (counted from 1): those of the gate only where it chose the masks."""
-    chosen_by_gate = gate.policy == "gate" and round_index > gate.warmup
-    return ("support_loss", "active_share", *(("reward", "reward_spread") if chosen_by_gate else ()))
+    """What every user reports of a round (counted from 1): the gate's only where it chose the masks, or learned.
+
+    gate_entropy: as a share of the largest that the distribution can have.
+    """
+    chosen = ("gate_entropy",) if gate.chooses(round_index) else ()
+    learned = ("reward", "reward_spread") if gate.learns(round_index) else ()
+    return ("support_loss", "active_share", *chosen, *learned)
 
 
-def initial_values(pool: PoolSpec, gate: GateSpec, schema: Schema, streams: Streams) -> dict[str, torch.Tensor]:
-    """Fresh values for every section of the schema."""
+def initial_values(pool: PoolSpec, gate: GateSpec, schema: Schema, config: GateConfig, streams: Streams) -> Values:
+    """Fresh values for every section of the schema. A Bernoulli gate begins at its target, or at the budget's share."""
     values = pool.init(streams.generator("pool"))
     if GATE_SECTION in schema.sections:
-        values[GATE_SECTION] = gate.init(streams.generator("gate"))
+        values[GATE_SECTION] = gate.init(streams.generator("gate"), _first_share(pool, config))
+        values[LOAD_SECTION] = torch.zeros(1, pool.units)
+    if PRICE_SECTION in schema.sections:
+        values[PRICE_SECTION] = torch.full((1, 1), math.log(config.reward.price))
     return values
+
+
+def _first_share(pool: PoolSpec, config: GateConfig) -> float:
+    """What a fresh gate's threshold is set for: so that a Bernoulli mask has about the share asked for.
+
+    A threshold for normally distributed gains; without gains every unit is active with the same probability.
+    """
+    share = config.reward.target or config.budget / pool.rank
+    if "gains" in config.inputs or share == 1:
+        return share
+    return 1 - NormalDist().cdf(math.log((1 - share) / share) / config.initial_alpha)
 
 
 def version_of(values: Values, round_index: int) -> str:

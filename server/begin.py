@@ -14,14 +14,16 @@ from server.round import Rules, ServerState, begin, rules_of
 def first_state(config: RunConfig, base: BaseModel) -> tuple[Rules, ServerState]:
     """The rules, and the state before the first round. Wraps the base in place.
 
-    Raises ConfigError for a pool that starts with a teacher's rows: only simulated users have one.
+    Raises ConfigError for a pool that starts with the rows of a teacher, or of another run: simulations have those.
     """
     if config.pool.start != "fresh":
         raise ConfigError(
-            f"a deployed pool starts fresh, got pool.start = {config.pool.start!r}: real users have no teacher; drop it"
+            f"a deployed pool starts fresh, got pool.start = {config.pool.start!r}: real users have no teacher, and a "
+            "server trains no variants; drop it"
         )
     model = PooledModel.around(base, config.pool.rank, config.pool.scale, config.pool.target_modules)
     gate = gate_spec(model, config.gate)
     schema = schema_of(model.spec, gate, config.gate)
     rules = rules_of(config, schema)
-    return rules, begin(rules, initial_values(model.spec, gate, schema, Streams(config.seed).at("initial")))
+    values = initial_values(model.spec, gate, schema, config.gate, Streams(config.seed).at("initial"))
+    return rules, begin(rules, values)

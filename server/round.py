@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from federation.config import OptimizerConfig, RunConfig
-from federation.state import version_of
+from federation.errors import CheckpointError
+from federation.state import LOAD_SECTION, PRICE_SECTION, version_of
 from federation.update import Limits, Rejections, Schema, UpdateBlock, Values, admit
 from server.checkpoint import Checkpoint
 from strategies.protocol import Optimizer, State, Strategy, Tensors
 from strategies.registry import make_optimizer, make_strategy
 
 T = TypeVar("T")
+
+LOAD_RATE = 0.1
+"""Of the units' load: it is the mean over some ten rounds, so one cohort's taste does not make a unit look unused."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,16 @@ def rules_of(config: RunConfig, schema: Schema) -> Rules:
         prefix: _optimizer(wanted, config.federation.rounds)
         for prefix, wanted in (("pool", config.pool_optimizer), ("gate", config.gate_optimizer))
     }
-    max_norm = {"pool": config.limits.pool_norm, "gate": config.limits.gate_norm}
+    optimizers |= {prefix: make_optimizer("sgd", learning_rate=rate) for prefix, rate in _rates(config, schema).items()}
+    max_norm = {"pool": config.limits.pool_norm, "gate": config.limits.gate_norm, **_largest(config, schema)}
     limits = Limits(max_norm, config.limits.weight, config.limits.absurd)
     return Rules(schema, make_strategy(config.strategy.name, **config.strategy.options), optimizers, limits)
+
+
+def frozen_factors(config: RunConfig, round_index: int) -> set[str]:
+    """The pool's factors that a round (counted from 1) leaves as they are: all of them where the pool rests."""
+    trained = () if config.gate.rests(round_index) else config.local.factors(round_index)
+    return {"down", "up"} - set(trained)
 
 
 def begin(rules: Rules, values: Values) -> ServerState:
@@ -84,14 +96,49 @@ def to_parts(state: ServerState) -> dict[str, Tensors]:
 
 
 def from_checkpoint(checkpoint: Checkpoint, rules: Rules) -> ServerState:
-    """The state that a checkpoint holds."""
+    """The state that a checkpoint holds.
+
+    Raises CheckpointError when its values, optimizers or strategy are not those of the rules: of an older version.
+    """
     parts = checkpoint.tensors
+    if odd := _odd_parts(parts, rules):
+        raise CheckpointError(
+            f"a checkpoint holds what this version trains, that of round {checkpoint.round_index} lacks "
+            f"{', '.join(odd)}, or has it in another shape; it is of an older version or another configuration: "
+            "begin a new run, or go on with the version that wrote it"
+        )
     return ServerState(
         round_index=checkpoint.round_index,
         values={name: parts["values"][name] for name in rules.schema.sections},
         optimizers={prefix: parts[f"optimizer-{prefix}"] for prefix in rules.optimizers},
         strategy=replace(rules.strategy.init(rules.schema), tensors=parts["strategy"]),
     )
+
+
+def _odd_parts(parts: Mapping[str, Tensors], rules: Rules) -> list[str]:
+    """What is not there, or of another shape than the schema's."""
+    values = parts.get("values", {})
+    wanted = {name: (spec.rows, spec.width) for name, spec in rules.schema.sections.items()}
+    odd = [f"values/{name}" for name, shape in wanted.items() if name not in values or values[name].shape != shape]
+    needed = ("strategy", *(f"optimizer-{prefix}" for prefix in rules.optimizers))
+    return odd + [part for part in needed if part not in parts]
+
+
+def _rates(config: RunConfig, schema: Schema) -> dict[str, float]:
+    """The constant rates of what is tracked, not trained: of the gate's sections that the schema has."""
+    rates = {LOAD_SECTION: LOAD_RATE, PRICE_SECTION: config.gate.reward.price_rate}
+    return {name: rate for name, rate in rates.items() if name in schema.sections}
+
+
+def _largest(config: RunConfig, schema: Schema) -> dict[str, float]:
+    """Norms of them that no honest user exceeds: a mask minus shares is within 1 in each of G units, and a share of
+    active units is off its target by at most as many targets as 1 is."""
+    largest = {}
+    if LOAD_SECTION in schema.sections:
+        largest[LOAD_SECTION] = math.sqrt(schema.sections[LOAD_SECTION].width)
+    if PRICE_SECTION in schema.sections and config.gate.reward.target is not None:
+        largest[PRICE_SECTION] = 1 / config.gate.reward.target
+    return largest
 
 
 def _optimizer(wanted: OptimizerConfig, rounds: int) -> Optimizer:

@@ -20,7 +20,8 @@ from federation.data.population import as_array
 from federation.errors import FedquiltWarning, RunError
 from federation.streams import UserIds
 from server import checkpoint, history
-from server.round import ServerState, close, from_checkpoint, to_parts
+from server.health import CollapseWatch, gate_health
+from server.round import ServerState, close, from_checkpoint, frozen_factors, to_parts
 from simulations.compute.memory import largest, private_memory, total
 from simulations.compute.placement import Shard
 from simulations.compute.worker import Broadcast, ChunkReport, merge_reports, run_chunk, run_on_store
@@ -36,7 +37,7 @@ STORE_NAME = "users"
 class RoundReport:
     """What is known of one finished round.
 
-    metrics: means over the admitted users.
+    metrics: means over the admitted users, and the gate's health (`server/health.py`).
     private_mib: the most memory that driver and workers held for themselves, together (see `memory`).
     object_store_mib: what lay in the workers' shared memory at the end.
     halved_blocks: how many blocks were trained in halves for want of memory; then the bits are others.
@@ -87,13 +88,14 @@ def federate(
         _save(state, checkpoints, started_as)
     _on_store(workers, setup, users_folder, UserStore.rewind, state.round_index)
     reports = history.History(folder / HISTORY_NAME, state.round_index)
-    started, replaced = time.perf_counter(), workers.replaced
+    started, replaced, watch = time.perf_counter(), workers.replaced, CollapseWatch()
     try:
         for round_index in range(state.round_index + 1, federation.rounds + 1):
             cohort = cohort_of(setup, train_users, round_index)
             after, report, object_store_mib = _one_round(setup, workers, state, cohort, users_folder)
             ended = time.perf_counter()
-            finished = _finished(round_index, report, ended - started, object_store_mib, workers.replaced - replaced)
+            health, seconds = gate_health(state.values, after.values), ended - started
+            finished = _finished(round_index, report, health, seconds, object_store_mib, workers.replaced - replaced)
             started, replaced = ended, workers.replaced  # so a checkpoint's time counts in the round after it
             reports.add(finished)  # before its checkpoint: a resume drops the rounds that it does again
             state = after
@@ -101,6 +103,7 @@ def federate(
                 _save(state, checkpoints, started_as)
                 _on_store(workers, setup, users_folder, UserStore.compact, min(checkpoint.rounds(checkpoints)))
             on_round(finished)
+            watch.note(round_index, finished.metrics)
     except KeyboardInterrupt:
         if state.round_index not in checkpoint.rounds(checkpoints):
             _save(state, checkpoints, started_as)
@@ -141,15 +144,19 @@ def _one_round(
     reports = {position: finished[position][1] for position in range(len(jobs))}
     partial = workers.fold(partials, setup.rules.strategy.merge, reports.__setitem__)
     object_store_mib = workers.object_store_mib()
-    trained = setup.config.local.factors(state.round_index + 1)
-    frozen = {"down", "up"} - set(trained)
+    frozen = frozen_factors(setup.config, state.round_index + 1)
     report = merge_reports(list(reports.values()))
     _warn_of_rebuilt(report.rebuilt, users_folder)
     return close(state, partial, setup.rules, frozen), report, object_store_mib
 
 
 def _finished(
-    round_index: int, report: ChunkReport, seconds: float, object_store_mib: float, replaced_workers: int
+    round_index: int,
+    report: ChunkReport,
+    health: Mapping[str, float],
+    seconds: float,
+    object_store_mib: float,
+    replaced_workers: int,
 ) -> RoundReport:
     admitted = max(1, report.users - sum(report.rejected.values()))
     metrics = {name: value / admitted for name, value in report.metric_sums.items()}
@@ -158,7 +165,7 @@ def _finished(
         round_index=round_index,
         users=report.users,
         rejected=report.rejected,
-        metrics=metrics,
+        metrics={**metrics, **health},
         seconds=seconds,
         private_mib=private_mib,
         object_store_mib=object_store_mib,

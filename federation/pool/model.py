@@ -25,6 +25,7 @@ from federation.pool.layers import (
 )
 from federation.pool.prefix import remember_frozen
 from federation.pool.spec import ModuleSpec, PoolSpec
+from federation.qualities import NegativeLoss, Quality
 from federation.update import Values
 
 
@@ -97,9 +98,13 @@ class PooledModel:
 
     def loss(self, batch: Batch) -> Tensor:
         """Each user's mean loss over its examples, weighted by `batch.weight`: (U,) nats; 0 for a user without any."""
+        return -self.quality(batch, NegativeLoss())
+
+    def quality(self, batch: Batch, quality: Quality) -> Tensor:
+        """Each user's mean quality over its examples, weighted by `batch.weight`: (U,); 0 for a user without any."""
         inputs, targets = self._cast(batch.flat())
-        loss_un = self.base.loss(self.base.module, inputs, targets).view(batch.weight.shape)
-        return (loss_un * batch.weight).sum(1) / batch.weight.sum(1).clamp_min(1e-12)
+        quality_un = quality.measure(self.base, inputs, targets).view(batch.weight.shape)
+        return (quality_un * batch.weight).sum(1) / batch.weight.sum(1).clamp_min(1e-12)
 
     @torch.no_grad()
     def features(self, batch: Batch) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 FEWEST_USERS = 3
 """Of fewer users no mean is written: it would tell of one of them."""
@@ -16,7 +16,7 @@ class RoundLine:
     attempt: which try it was, counted from 1. nodes_asked, nodes: how many were asked, and answered in time.
     users, admitted: how many were asked, and had a part in the result. rejected: users by reason.
     repeats: replies that had been taken before, and were not taken again.
-    metrics: means over the admitted users, None when they are suppressed (why).
+    metrics: means over the admitted users, and the gate's health; None when they are suppressed (why).
     seconds: from its letters to the new state.
     bytes_down, bytes_up: of the pools sent, and of the contributions received.
     """
@@ -34,6 +34,10 @@ class RoundLine:
     seconds: float
     bytes_down: int
     bytes_up: int
+
+    def with_health(self, health: Mapping[str, float]) -> RoundLine:
+        """With the gate's health among the metrics that are shown."""
+        return self if self.metrics is None else replace(self, metrics={**self.metrics, **health})
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from federation.pool.file import PoolFile
 from server.admission.desk import Desk
 from server.admission.intake import Outcome
 from server.admission.lifting import make_lifter
+from server.health import CollapseWatch, gate_health
 from server.live.announcing import Announcer
 from server.live.clock import REAL_TIME, Clock
 from server.live.evaluation import evaluate
@@ -28,7 +29,7 @@ from server.live.roster import Roster
 from server.live.session import Session
 from server.live.training import Try, try_round
 from server.nodes import Nodes
-from server.round import Rules, ServerState, close
+from server.round import Rules, ServerState, close, frozen_factors
 
 __all__ = ["RoundLine", "federate"]
 
@@ -87,6 +88,7 @@ class _Run:
         self._head = session.head(record.state, folder.durable_round)
         self._on_round, self._released = on_round, released
         self._announcer = Announcer(session)
+        self._watch = CollapseWatch()
         self._rounds = folder.rounds(self._round_index)
         self._evaluations = folder.evaluations(self._round_index)
 
@@ -110,7 +112,7 @@ class _Run:
     def _round(self) -> None:
         done = self._tried()
         state = _applied(self._session, self._record.state, done.outcome)
-        line = done.line(self._session.clock.now())
+        line = done.line(self._session.clock.now()).with_health(gate_health(self._record.state.values, state.values))
         self._rounds.add(line)  # before its checkpoint: a resume drops the rounds that it does again
         self._record = replace(self._record, state=state, desk=self._session.desk.to_meta())
         federation = self._session.config.federation
@@ -118,6 +120,7 @@ class _Run:
             self._folder.save(self._record)
         self._head = self._session.head(state, self._folder.durable_round)
         self._on_round(line)
+        self._watch.note(line.round_index, line.metrics or {})
 
     def _tried(self) -> Try:
         """The first try of the next round that reaches the quorum. Raises RunError without one, or without nodes.
@@ -185,8 +188,8 @@ class _Run:
 
 def _applied(session: Session, state: ServerState, outcome: Outcome) -> ServerState:
     """The state after a round."""
-    trained = session.config.local.factors(state.round_index + 1)
-    after = close(state, outcome.partial, session.rules, {"down", "up"} - set(trained))
+    frozen = frozen_factors(session.config, state.round_index + 1)
+    after = close(state, outcome.partial, session.rules, frozen)
     session.desk.apply()
     return after
 

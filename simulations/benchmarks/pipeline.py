@@ -24,11 +24,13 @@ import numpy as np
 import torch
 
 from client.adapt import sgd, unit_gains
-from client.round import distribution_of, local_round, mask_rewards, round_data
+from client.policies import random_masks
+from client.rewards import MaskReward
+from client.round import local_round, round_data
 from client.store import UserStore
 from federation.config import RunConfig
+from federation.exploration import Exploration
 from federation.gate import GateSpec
-from federation.policy_gradient import entropy_bonus, explored, reinforce
 from federation.pool.spec import gather, rows_of_mask
 from federation.streams import UserIds
 from federation.update import Values
@@ -44,17 +46,16 @@ _PARTS: Mapping[str, tuple[Callable[..., Any], ...]] = {
     "data": (round_data,),
     "gains": (unit_gains,),
     "gate's network": (GateSpec.logits, GateSpec.vjp),
-    "sampling of masks": (explored,),
-    "policy gradient": (reinforce, entropy_bonus),
+    "sampling of masks": (Exploration.sample,),
     "training": (sgd,),
-    "rewards": (mask_rewards,),
+    "rewards": (MaskReward.reward, MaskReward.reward_gradient),
     "admission and lift": (lift,),
     "store": (UserStore.read, UserStore.write, UserStore.compact),
     "checkpoint": (checkpoint.save,),
 }
 """Functions that share no time; each part's is theirs together."""
 
-_IN_LOCAL_ROUND = ("gains", "gate's network", "sampling of masks", "policy gradient", "training", "rewards")
+_IN_LOCAL_ROUND = ("gains", "gate's network", "sampling of masks", "training", "rewards")
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,7 @@ def train_only(worker: Worker, values: Values, config: RunConfig, user_ids: User
     ready = []
     for part in blocks(len(user_ids), config.compute.block):
         ids = user_ids[part]
-        any_mask = distribution_of(torch.zeros(len(ids), spec.units), len(spec.modules), config.gate)
-        mask_ug = any_mask.sample(streams.uniform("mask", ids, (1, spec.units)))[:, 0]
+        mask_ug = random_masks(spec, streams.uniform("mask", ids, (spec.units,)), config.gate, config.gate.budget)
         rows = gather(values, spec, *rows_of_mask(mask_ug, len(spec.modules), config.gate.max_rows(spec.rank)))
         support = round_data(worker, ids, setup.local, streams).support
         batches = [support.window(i * local.examples, (i + 1) * local.examples) for i in range(local.different_batches)]

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from client.round import random_masks
+from client.policies import random_masks
 from federation.base import BaseModel, at_least_fp32, causal_lm_base, frozen
 from federation.config import ComputeConfig, GateConfig, LocalConfig, PoolConfig, PopulationConfig, RunConfig
 from federation.data.population import Batch, Part
@@ -261,7 +261,8 @@ def task(name: str, users: int) -> Task:
     """The task of a workload's first users. In every process the same; with fewer users, the beginning of it."""
     chosen = workload(name)
     spec = wrap(chosen.config, chosen.base()).spec
-    mask_ug = random_masks(spec, np.arange(users), chosen.config.gate, Streams(SEED).at("round", ROUND))
+    uniform_ug = Streams(SEED).at("round", ROUND).uniform("mask", np.arange(users), (spec.units,))
+    mask_ug = random_masks(spec, uniform_ug, chosen.config.gate, chosen.config.gate.budget)
     return Task(chosen, spec, pool_values(spec), mask_ug, WorkloadPopulation(name, users).data)
 
 

@@ -624,6 +624,8 @@ def test_a_wrong_task_leaves_the_model_as_it_was(tmp_path: Path, changed: str, s
         ("personal.examples=41", "examples"),
         ("personal.gain_examples=41", "examples"),
         ("gate.samples=6", "samples"),
+        ("gate.rebuild=11", "steps"),
+        ("gate.reward.steps=11", "steps"),
     ],
 )
 def test_the_owner_limits_what_a_server_asks_of_the_device(tmp_path: Path, changed: str, limit: str) -> None:

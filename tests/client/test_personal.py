@@ -19,7 +19,7 @@ from client.personal import (
     personal_sections,
     personal_values,
     personalised,
-    policy_masks,
+    task_masks,
     proposed_masks,
     served_rows,
     tuning_of,
@@ -43,8 +43,9 @@ class House:
         self.task: Setup = self.worker.setup(config)
         generator = torch.Generator().manual_seed(5)
         first = self.task.begin().values
+        spread = {"gate": 2.0, "load": 0.0}
         self.values = {
-            name: rows + (2.0 if name == "gate" else 0.3) * torch.randn(rows.shape, generator=generator)
+            name: rows + spread.get(name, 0.3) * torch.randn(rows.shape, generator=generator)
             for name, rows in first.items()
         }
 
@@ -59,14 +60,14 @@ def house() -> House:
 
 
 def test_masks_of_a_block_are_those_of_each_user_alone(house: House) -> None:
-    together = proposed_masks(house.task, house.values, house.worker, IDS, 8)
-    assert set(together) == {"gate", "saliency", "random"}
+    together = proposed_masks(house.task, house.values, house.worker, IDS, 8, 2)
+    assert set(together) == {"gate", "saliency", "magnitude", "random"}
     for u, user_id in enumerate(IDS):
-        alone = proposed_masks(house.task, house.values, house.worker, np.array([user_id]), 8)
+        alone = proposed_masks(house.task, house.values, house.worker, np.array([user_id]), 8, 2)
         for name, mask_ug in together.items():
             assert torch.equal(mask_ug[u], alone[name][0])
             assert mask_ug.view(len(IDS), -1, house.spec.rank).sum(2).eq(2).all()
-    assert len({tuple(mask_ug.flatten().tolist()) for mask_ug in together.values()}) == 3
+    assert len({tuple(mask_ug.flatten().tolist()) for mask_ug in together.values()}) == 4
 
 
 def test_saliency_takes_the_largest_gains_on_the_first_support_examples(house: House) -> None:
@@ -82,18 +83,36 @@ def test_saliency_takes_the_largest_gains_on_the_first_support_examples(house: H
     gain_ug = torch.stack([loss_u(even - step * unit) - loss_u(even + step * unit) for unit in torch.eye(units)], 1)
     largest = gain_ug.view(len(IDS), -1, 8).topk(2).indices
     expected = torch.zeros(len(IDS), 2, 8, dtype=torch.bool).scatter(2, largest, True).flatten(1)
-    assert torch.equal(proposed_masks(house.task, house.values, house.worker, IDS, 8)["saliency"], expected)
+    assert torch.equal(proposed_masks(house.task, house.values, house.worker, IDS, 8, 2)["saliency"], expected)
 
 
-@pytest.mark.parametrize("policy", ["gate", "saliency", "random", "all"])
+@pytest.mark.parametrize("budget", [1, 3, 6])
+def test_one_gate_serves_any_budget(house: House, budget: int) -> None:
+    for mask_ug in proposed_masks(house.task, house.values, house.worker, IDS, 8, budget).values():
+        assert mask_ug.view(len(IDS), -1, house.spec.rank).sum(2).eq(budget).all()
+
+
+def test_a_rebuilt_embedding_follows_the_users_own_examples(house: House) -> None:
+    """Each user's is rebuilt from its own examples alone, and it moves who is known by them alone."""
+    changes = ("gate.rebuild=3", "gate.embedding_rate=30.0")
+    rebuilding = House(*changes)
+    plain = proposed_masks(house.task, house.values, house.worker, IDS, 8, 2)["gate"]
+    rebuilt = proposed_masks(rebuilding.task, rebuilding.values, rebuilding.worker, IDS, 8, 2)["gate"]
+    assert not torch.equal(plain, rebuilt)
+    for u, user_id in enumerate(IDS):
+        alone = proposed_masks(rebuilding.task, rebuilding.values, rebuilding.worker, np.array([user_id]), 8, 2)
+        assert torch.equal(rebuilt[u], alone["gate"][0])
+
+
+@pytest.mark.parametrize("policy", ["gate", "saliency", "magnitude", "random", "all"])
 def test_a_policy_proposes_its_own_masks(policy: str) -> None:
     house = House(f"gate.policy='{policy}'")
-    found = policy_masks(house.task, house.values, house.worker, IDS)
-    proposals = proposed_masks(house.task, house.values, house.worker, IDS, 8)
+    found = task_masks(house.task, house.values, house.worker, IDS)
+    proposals = proposed_masks(house.task, house.values, house.worker, IDS, 8, 2)
     expected = torch.ones(3, house.spec.units, dtype=torch.bool) if policy == "all" else proposals[policy]
     assert torch.equal(found, expected)
-    others = proposed_masks(house.task, house.values, house.worker, IDS, 4)
-    assert policy in ("random", "all") or not torch.equal(others[policy], expected)
+    others = proposed_masks(house.task, house.values, house.worker, IDS, 4, 2)
+    assert policy in ("magnitude", "random", "all") or not torch.equal(others[policy], expected)
 
 
 def test_a_device_tunes_by_its_settings() -> None:

@@ -12,16 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from client.round import LocalRule, RoundData, RoundState, distribution_of, local_round, round_data
+from client.policies import distribution_of
+from client.rewards import unit_costs
+from client.round import LocalRule, RoundData, RoundState, local_round, round_data
 from client.state import RecordLayout, UserBlock
+from client.task import Task
 from federation import masks
 from federation.base import BaseModel
-from federation.config import GateConfig, LocalConfig
+from federation.config import GateConfig, LocalConfig, PoolConfig, TaskConfig
 from federation.data.population import Batch
+from federation.exploration import Exploration, rarely_used
 from federation.gate import GateState
-from federation.policy_gradient import explored
+from federation.mask_distribution import MaskDistribution
 from federation.pool.model import PooledModel
-from federation.state import GATE_SECTION, gate_spec, initial_values, schema_of
+from federation.state import GATE_SECTION, LOAD_SECTION, PRICE_SECTION, gate_spec, initial_values, schema_of
 from federation.streams import Streams
 from federation.update import Limits, UpdateBlock, admit
 from tests import models
@@ -33,10 +37,22 @@ IDS = np.array([3, 10**12, 41, 8])
 STREAMS = Streams(5).at("round", ROUND)
 POLICIES: dict[str, dict[str, Any]] = {
     "gate": {},
-    "gate, Bernoulli": {"distribution": "bernoulli", "price": 0.02},
+    "gate, Bernoulli": {"distribution": "bernoulli", "reward": {"price": 0.02}},
     "gate, no entropy": {"entropy": 0.0},
+    "gate, global budget": {"scope": "global"},
+    "gate, plain estimator": {"estimator": {"name": "reinforce"}},
+    "gate, price steered": {"distribution": "bernoulli", "reward": {"price": 0.02, "target": 0.4}},
+    "gate, priced parameters": {"scope": "global", "reward": {"price": 0.02, "cost": "parameters"}},
+    "gate, rewards after steps": {"reward": {"steps": 2}, "balance": 0.01},
+    "gate without gains": {"inputs": ["context", "embedding"]},
+    "gate with budgets and windows": {"budgets": [1, 3], "windows": [1, 2]},
+    "gate, embedding rebuilt": {"rebuild": 2},
+    "gate, pool rests": {"schedule": "alternate", "every": 2},
+    "gate rests": {"every": 4},
     "saliency": {"policy": "saliency"},
     "saliency, Bernoulli": {"policy": "saliency", "distribution": "bernoulli"},
+    "saliency, global budget": {"policy": "saliency", "scope": "global"},
+    "magnitude": {"policy": "magnitude"},
     "random": {"policy": "random"},
     "all": {"policy": "all"},
     "gate, warming up": {"warmup": ROUND},
@@ -68,12 +84,15 @@ def case_of(make: MakeBase, gate: Mapping[str, Any], **local: Any) -> Case:
     defaults: dict[str, Any] = {"warmup": 0, "exploration": 0.3, "entropy": 0.01}
     config = GateConfig(**{**widths, **defaults, **gate})
     sizes = {"steps": 2, "examples": 3, "gain_examples": 4, "query_examples": 3}
-    rule = LocalRule(config, LocalConfig(**{**sizes, **local}))
     model = PooledModel.around(make(), RANK, SCALE)
+    task = TaskConfig(pool=PoolConfig(rank=RANK), gate=config, local=LocalConfig(**{**sizes, **local}))
+    rule = Task(task, model).local
     spec = gate_spec(model, config)
-    values = initial_values(model.spec, spec, schema_of(model.spec, spec, config), Streams(1))
+    values = initial_values(model.spec, spec, schema_of(model.spec, spec, config), config, Streams(1))
     generator = torch.Generator().manual_seed(2)
     values = {name: rows + 0.4 * torch.randn(rows.shape, generator=generator) for name, rows in values.items()}
+    if LOAD_SECTION in values:
+        values[LOAD_SECTION] = values[LOAD_SECTION].abs()
     users = RecordLayout(config.embedding, -(-model.spec.units // 8)).fresh(IDS)
     users = replace(users, embedding_ue=torch.randn(len(IDS), config.embedding, generator=generator))
     data = RoundData(models.batch_for(model.base, len(IDS), 6, 1), models.batch_for(model.base, len(IDS), 3, 2))
@@ -101,18 +120,24 @@ class PlainUser:
         by_module = units.view(len(self.modules), RANK)
         return {m.name: values[m.section][by_module[j]] for j, m in enumerate(self.modules)}
 
-    def gains(self) -> Tensor:
-        """(1, G): every unit at strength k / R sits in `up`, so d loss / d gate = (d loss / d up) . up."""
-        base, strength = self.make(), BUDGET / RANK
+    def slope(self, strength_g: Tensor, batch: Batch, stop: int) -> Tensor:
+        """-d loss / d strength, (1, G): a unit's strength sits in `up`, so it is -(d loss / d up) . up."""
+        base = self.make()
         everything = self.rows(torch.ones(self.case.model.spec.units, dtype=torch.bool))
+        by_module = strength_g.view(len(self.modules), RANK, 1)
         rows = {
-            m.name: torch.cat((everything[m.name][:, : m.d_in], strength * everything[m.name][:, m.d_in :]), 1)
-            for m in self.modules
+            m.name: torch.cat((everything[m.name][:, : m.d_in], by_module[j] * everything[m.name][:, m.d_in :]), 1)
+            for j, m in enumerate(self.modules)
         }
         layers = models.with_plain_lora(base, rows, SCALE)
-        self.loss(base, self.case.data.support, 0, self.local.gain_examples).backward()
+        self.loss(base, batch, 0, stop).backward()
         up = [everything[m.name][:, m.d_in :] for m in self.modules]
         return -torch.cat([(layer.up.grad * u).sum(1) for layer, u in zip(layers, up, strict=True)])[None]
+
+    def gains(self) -> Tensor:
+        """(1, G): every unit at strength k / R."""
+        strength = torch.full((self.case.model.spec.units,), BUDGET / RANK)
+        return self.slope(strength, self.case.data.support, self.local.gain_examples)
 
     def train(self, units: Tensor) -> tuple[list[Tensor], float]:
         """What SGD changed in the rows of these units, by module, and the loss before it."""
@@ -131,35 +156,56 @@ class PlainUser:
         return [layer.rows - rows for layer, rows in zip(layers, start, strict=True)], first_loss
 
     def reward(self, units: Tensor) -> float:
+        """Minus the query loss with these units, after the reward's steps on the support part."""
         base = self.make()
-        models.with_plain_lora(base, self.rows(units), SCALE)
+        layers = models.with_plain_lora(base, self.rows(units), SCALE)
+        optimizer = torch.optim.SGD([p for layer in layers for p in (layer.down, layer.up)], self.local.learning_rate)
+        for step in range(self.gate.reward.steps):
+            optimizer.zero_grad()
+            begin = step * self.local.examples
+            self.loss(base, self.case.data.support, begin, begin + self.local.examples).backward()
+            optimizer.step()
         return -float(self.loss(base, self.case.data.query, 0, self.local.query_examples).detach())
 
     def policy_gradient(self) -> tuple[Tensor, Tensor, Tensor]:
         """The trained mask (G,), and the gradients of the gate (|phi|,) and the embedding (E,) by autograd."""
-        base, units = self.make(), self.case.model.spec.units
-        support = self.case.data.support.inputs[self.u]
-        phi = self.case.state.values[GATE_SECTION].clone().requires_grad_()
-        embedding = self.case.users.embedding_ue[self.u : self.u + 1].clone().requires_grad_()
+        base, units, gate = self.make(), self.case.model.spec.units, self.gate
+        values, one = self.case.state.values, slice(self.u, self.u + 1)
+        support = self.case.data.support.inputs[self.u, : self.local.gain_examples]
+        phi = values[GATE_SECTION].clone().requires_grad_()
+        embedding = self.case.users.embedding_ue[one].clone().requires_grad_()
         features = base.features(base.module, support).mean(0, keepdim=True).detach()
-        state = GateState(features, embedding, self.gains(), BUDGET / RANK)
-        logits = gate_spec(self.case.model, self.gate).logits(phi, state)
-        policy = distribution_of(logits, len(self.modules), self.gate)
-        uniforms = (
-            STREAMS.uniform("mask", IDS[self.u : self.u + 1], (self.gate.samples, units)),
-            STREAMS.uniform("explore", IDS[self.u : self.u + 1], (self.gate.samples,)),
+        gains = self.gains() if "gains" in gate.inputs else torch.zeros(1, units)
+        examples = torch.full((1,), float(self.local.gain_examples))
+        state = GateState(features, embedding, gains, examples, BUDGET / RANK)
+        logits = gate_spec(self.case.model, gate).logits(phi, state)
+
+        def law(logits_ug: Tensor) -> MaskDistribution:
+            return distribution_of(logits_ug, len(self.modules), gate, BUDGET)
+
+        policy, drawn_from = law(logits), law(logits.detach())
+        exploration = Exploration(gate.exploration, law(rarely_used(values[LOAD_SECTION][0])))
+        sampled, log_weight = exploration.sample(
+            drawn_from,
+            STREAMS.uniform("mask", IDS[one], (gate.samples, units)),
+            STREAMS.uniform("explore", IDS[one], (gate.samples,)),
         )
-        drawn_from = distribution_of(logits.detach(), len(self.modules), self.gate)
-        sampled, log_weight = explored(drawn_from, self.gate.exploration, *uniforms)
-        rewards = [self.reward(mask) for mask in sampled[0]]
+        slope = torch.zeros(1, units)
+        if gate.estimator.name == "reinforce_gain":
+            slope = self.slope(drawn_from.inclusion()[0], self.case.data.query, self.local.query_examples)
+        objective = gate.entropy * policy.entropy().sum() + (slope * policy.inclusion()).sum()
+        unexplained = [self.reward(mask) - float((slope[0] * mask).sum()) for mask in sampled[0]]
         log_prob = policy.log_prob(sampled)[0]
-        objective = self.gate.entropy * policy.entropy().sum()
-        for k, reward in enumerate(rewards):
-            others = [r for i, r in enumerate(rewards) if i != k]
+        for k, reward in enumerate(unexplained):
+            others = [r for i, r in enumerate(unexplained) if i != k]
             advantage = reward - sum(others) / len(others)
-            objective = objective + log_weight[0, k].exp() * advantage * log_prob[k] / len(rewards)
-        if self.gate.distribution == "bernoulli":
-            objective = objective - self.gate.price * torch.sigmoid(logits).sum()
+            objective = objective + log_weight[0, k].exp() * advantage * log_prob[k] / len(unexplained)
+        if gate.reward.price:
+            price = values[PRICE_SECTION].exp() if gate.reward.target is not None else gate.reward.price
+            objective = objective - (price * unit_costs(self.case.model.spec, gate.reward) * policy.inclusion()).sum()
+        if gate.balance:
+            load = values[LOAD_SECTION][0]
+            objective = objective - gate.balance * ((load / load.mean() - 1) * policy.inclusion()).sum()
         phi_gradient, embedding_gradient = torch.autograd.grad(objective, (phi, embedding))
         return sampled[0, 0], phi_gradient[0], embedding_gradient[0]
 
@@ -203,7 +249,20 @@ def test_a_saliency_round_equals_a_plain_loop(make: MakeBase) -> None:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("policy", ["gate", "gate, Bernoulli", "gate, no entropy"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "gate",
+        "gate, Bernoulli",
+        "gate, no entropy",
+        "gate, global budget",
+        "gate, plain estimator",
+        "gate, price steered",
+        "gate, priced parameters",
+        "gate, rewards after steps",
+        "gate without gains",
+    ],
+)
 @pytest.mark.parametrize("make", [models.gpt2, models.mlp])
 def test_a_round_of_the_gate_equals_a_plain_loop(make: MakeBase, policy: str) -> None:
     """In float64, since the gate learns from small differences between rewards."""
@@ -215,10 +274,10 @@ def test_a_round_of_the_gate_equals_a_plain_loop(make: MakeBase, policy: str) ->
         assert_trained(case, update, users, plain, mask)
         ids, rows = sent(update, GATE_SECTION, u)
         assert ids == [0]
-        torch.testing.assert_close(rows[0], phi_gradient, rtol=1e-8, atol=1e-13)
+        torch.testing.assert_close(rows[0], phi_gradient, rtol=1e-8, atol=1e-12)
         moved = users.embedding_ue[u] - case.users.embedding_ue[u]
         expected = case.rule.gate.embedding_rate * embedding_gradient
-        torch.testing.assert_close(moved, expected, rtol=1e-8, atol=1e-13)
+        torch.testing.assert_close(moved, expected, rtol=1e-8, atol=1e-12)
     assert (update.sections[GATE_SECTION].rows_ukw.flatten(1).norm(dim=1) > 1e-7).any()
 
 
@@ -265,7 +324,7 @@ def test_padded_examples_do_not_count(policy: str) -> None:
         return Batch(batch.inputs[:, kept], batch.targets[:, kept], batch.weight[:, kept])
 
     padded = replace(case, data=RoundData(cut(case.data.support), cut(case.data.query)))
-    fewer = LocalRule(case.rule.gate, case.rule.local.model_copy(update={"examples": 2, "gain_examples": 2}))
+    fewer = replace(case.rule, local=case.rule.local.model_copy(update={"examples": 2, "gain_examples": 2}))
     bare = replace(case, data=RoundData(without(case.data.support), without(case.data.query)), rule=fewer)
     update, users = padded.run()
     for u in range(len(IDS)):

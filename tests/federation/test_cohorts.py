@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 
 import numpy as np
 import pytest
 
 from federation.cohorts import draw_cohort, rounds_per_epoch
-from federation.config import FederationConfig
-from federation.errors import PopulationError
+from federation.config import FederationConfig, parse
+from federation.errors import ConfigError, PopulationError
+from federation.permutation import permuted
 from federation.streams import Streams, UserIds
 
 
@@ -88,3 +90,61 @@ def test_a_cohort_costs_what_it_holds_whatever_the_population(sampling: str) -> 
 def test_too_few_users_are_refused_with_what_to_change(sampling: str) -> None:
     with pytest.raises(PopulationError, match=r"cohort of 30 .* the population has 29; lower federation.cohort"):
         drawn(range(29), 30, sampling)
+
+
+# -------------------------------------------------------------------------------- users who join
+
+
+def cohort_of(users: range | UserIds, round_index: int, seed: int = 0, **federation: object) -> UserIds:
+    return draw_cohort(users, FederationConfig.model_validate(federation), Streams(seed), round_index)
+
+
+def test_a_round_draws_from_those_who_have_joined_by_then_and_from_all_of_them() -> None:
+    """Of 200 users 50 are there at first, and 150 join in the 30 rounds after the first one: 5 a round."""
+    settings = {"cohort": 20, "rounds": 31, "present": 0.25}
+    ids = np.arange(200)[::-1] * 3 + 7  # they join in the order of the list, not of their ids
+    for round_index in (1, 2, 3, 16, 30, 31):
+        there = 50 + 5 * (round_index - 1)
+        drawn_ids = [cohort_of(ids, round_index, seed, **settings) for seed in range(120)]
+        assert set(np.concatenate(drawn_ids).tolist()) == set(ids[:there].tolist())
+        positions = [cohort_of(range(200), round_index, seed, **settings) for seed in range(120)]
+        assert set(np.concatenate(positions).tolist()) == set(range(there))
+        assert all(len(set(cohort.tolist())) == 20 for cohort in positions)
+
+
+def test_those_who_have_joined_are_drawn_equally_often() -> None:
+    settings = {"cohort": 5, "rounds": 3, "present": 0.1}
+    for round_index, there in ((1, 10), (2, 55), (3, 100)):
+        draws = [cohort_of(range(100), round_index, seed, **settings) for seed in range(2000)]
+        counts = np.bincount(np.concatenate(draws), minlength=100)
+        share = 5 / there
+        deviation = math.sqrt(2000 * share * (1 - share))
+        assert np.abs(counts[:there] - 2000 * share).max() < 4.5 * deviation
+        assert counts[there:].sum() == 0
+
+
+@pytest.mark.parametrize("present", [1e-9, 0.1, 0.3, 1 / 3, 0.7, 0.999])
+@pytest.mark.parametrize("users", [12, 97, 10**6, 10**15])
+def test_nobody_leaves_and_all_are_there_in_the_last_round(present: float, users: int) -> None:
+    federation = FederationConfig(cohort=12, rounds=140, present=present)
+    joined = [federation.joined(users, round_index) for round_index in range(1, 141)]
+    assert joined == sorted(joined)
+    assert joined[0] == 12 or abs(joined[0] - present * users) < 1
+    assert joined[-1] == users
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 40])
+def test_where_everyone_is_there_cohorts_are_what_they_were(rounds: int) -> None:
+    """With a fixed set of users the cohort is a permutation's first places, whatever the round."""
+    ids = np.arange(500) * 7
+    for round_index in (1, 17, 40):
+        order = permuted(np.arange(30), 500, Streams(4).at("round", round_index, "cohort"))
+        for settings in ({}, {"present": 1.0}):
+            cohort = cohort_of(ids, round_index, 4, cohort=30, rounds=rounds, **settings)
+            assert cohort.tolist() == np.sort(ids[order]).tolist()
+
+
+def test_users_cannot_join_epochs() -> None:
+    with pytest.raises(ConfigError, match=r"an epoch deals out everyone, .*set sampling = 'uniform', or present = 1"):
+        parse(FederationConfig, {"sampling": "epochs", "present": 0.5})
+    assert parse(FederationConfig, {"sampling": "epochs", "present": 1}).present == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from federation.config import LocalConfig, RunConfig, Settings, load_config, parse
+from federation.config import GateConfig, LocalConfig, RunConfig, Settings, load_config, parse
 from federation.errors import ConfigError
 
 
@@ -75,14 +75,36 @@ def test_a_configuration_comes_back_from_its_json() -> None:
         ("local.steps=0", r"local.steps: .*greater than 0 \(got 0\)"),
         ("local.learning_rate=fast", r"local.learning_rate: .*number.* \(got 'fast'\)"),
         ("local.learning_rate=nan", r"local.learning_rate: .* \(got nan\)"),
-        ("gate.policy=gaet", r"gate.policy: .*'gate', 'saliency', 'random' or 'all' \(got 'gaet'\)"),
-        ("gate.samples=1", r"gate.samples: .*greater than or equal to 2"),
+        ("gate.policy=gaet", r"gate.policy: .*'gate', 'saliency', 'magnitude', 'random' or 'all' \(got 'gaet'\)"),
+        ("gate.samples=0", r"gate.samples: .*greater than 0"),
+        ("gate.inputs=['gain']", r"gate.inputs.0: .*'gains', 'context' or 'embedding' \(got 'gain'\)"),
+        ("gate.scope=all", r"gate.scope: .*'module' or 'global' \(got 'all'\)"),
+        ("gate.budgets=[4, 0]", r"gate.budgets.1: .*greater than 0 \(got 0\)"),
+        ("gate.windows=[0]", r"gate.windows.0: .*greater than 0 \(got 0\)"),
+        ("gate.rebuild=-1", r"gate.rebuild: .*greater than or equal to 0"),
+        ("gate.balance=-0.1", r"gate.balance: .*greater than or equal to 0"),
+        ("gate.every=0", r"gate.every: .*greater than 0"),
+        ("gate.schedule=alternating", r"gate.schedule: .*'together' or 'alternate' \(got 'alternating'\)"),
+        ("gate.estimator.nmae=disarm", r"unknown key 'gate.estimator.nmae'; did you mean 'name'\?"),
+        ("gate.reward.qualty.name=loss", r"unknown key 'gate.reward.qualty'; did you mean 'quality'\?"),
+        ("gate.reward.steps=-1", r"gate.reward.steps: .*greater than or equal to 0"),
+        ("gate.reward.price=-1", r"gate.reward.price: .*greater than or equal to 0"),
+        ("gate.reward.cost=bytes", r"gate.reward.cost.*'units' or 'parameters' \(got 'bytes'\)"),
+        ("gate.reward.cost={fc1 = 0.0}", r"gate.reward.cost.*fc1: .*greater than 0 \(got 0.0\)"),
+        ("gate.reward.target=1.0", r"gate.reward.target: .*less than 1 \(got 1.0\)"),
+        ("gate.reward.price_rate=0", r"gate.reward.price_rate: .*greater than 0"),
+        ("federation.present=0", r"federation.present: .*greater than 0"),
+        ("federation.present=1.5", r"federation.present: .*less than or equal to 1"),
+        ("local.train=none", r"local.train: .*'alternate' or 'nothing' \(got 'none'\)"),
         ("gate.exploration=1.0", r"gate.exploration: .*less than 1"),
         ("codec.top=0.0", r"codec.top: .*greater than 0"),
         ("federation.rounds=-1", r"federation.rounds: .*greater than or equal to 0"),
         ("evaluate.steps=[5, 0]", r"evaluate.steps.1: .*greater than 0"),
-        ("gate.price=0.1", r"gate: with a fixed budget a price has no gradient; set distribution = 'bernoulli'"),
+        ("gate.price=0.1", r"unknown key 'gate.price'; did you mean 'gate.reward.price'\?"),
+        ("rounds=3", r"unknown key 'rounds'; did you mean 'federation.rounds'\?"),
+        ("zzzzzz=3", r"unknown key 'zzzzzz'; known keys are codec, .*, variants$"),
         ("gate.budget=33", r"gate.budget \(33\) cannot exceed pool.rank \(32\); lower it"),
+        ("gate.budgets=[4, 40]", r"gate.budget \(40\) cannot exceed pool.rank \(32\); lower it"),
         ("gate=3", r"gate: .*valid dictionary"),
         ("rounds", r"an override is key=value, got 'rounds'; for example federation.rounds=10"),
     ],
@@ -90,6 +112,50 @@ def test_a_configuration_comes_back_from_its_json() -> None:
 def test_a_fault_says_where_it_is_and_what_is_allowed(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(overrides=[override])
+
+
+NO_GRADIENT = r"gate: a price on a fixed budget of equal units has no gradient; set distribution = 'bernoulli', or"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["gate.reward.price=0.1"], NO_GRADIENT),
+        (["gate.reward.price=0.1", "gate.scope=global"], NO_GRADIENT),
+        (["gate.reward.price=0.1", "gate.reward.cost=parameters"], NO_GRADIENT),
+        (
+            ["gate.distribution=bernoulli", "gate.reward.target=0.1"],
+            r"gate.reward: a price that is steered to a target begins above 0; set price = 1e-3, say",
+        ),
+        (
+            ["gate.reward={price = 0.1, cost = 'parameters', target = 0.1}", "gate.scope=global"],
+            r"gate: a budget fixes the share of active units; set distribution = 'bernoulli', or no target",
+        ),
+        (
+            ["gate.schedule=alternate"],
+            r"gate: an alternating gate that learns in every round leaves the pool none; set every = 2",
+        ),
+    ],
+)
+def test_settings_that_make_no_sense_together_say_what_to_change(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["gate.reward.price=0.1", "gate.scope=global", "gate.reward.cost=parameters"],
+        ["gate.reward.price=0.1", "gate.scope=global", "gate.reward.cost={fc1 = 1.0, fc2 = 2.5}"],
+        ["gate.reward={price = 0.1, target = 0.1}", "gate.distribution=bernoulli"],
+        ["gate.schedule=alternate", "gate.every=2"],
+        ["gate.samples=1"],  # enough for some estimators: each says how many it needs
+        ["gate.inputs=[]"],
+    ],
+)
+def test_what_makes_sense_together_is_taken(overrides: list[str]) -> None:
+    config = load_config(overrides=overrides)
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
 
 
 def test_all_faults_are_told_at_once() -> None:
@@ -124,11 +190,48 @@ def test_the_budget_may_exceed_the_rank_where_everyone_uses_every_unit() -> None
         ("down", [("down",)] * 3),
         ("up", [("up",)] * 3),
         ("alternate", [("up",), ("down",), ("up",)]),
+        ("nothing", [()] * 3),
     ],
 )
 def test_the_factors_of_rounds_1_to_3(train: str, expected: list[tuple[str, ...]]) -> None:
     local = parse(LocalConfig, {"train": train})
     assert [local.factors(round_index) for round_index in (1, 2, 3)] == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "chooses", "learns", "rests"),
+    [
+        ({"warmup": 2}, [3, 4, 5, 6, 7, 8], [3, 4, 5, 6, 7, 8], []),
+        ({"warmup": 0, "every": 3}, [1, 2, 3, 4, 5, 6, 7, 8], [1, 4, 7], []),
+        ({"warmup": 3, "every": 2, "schedule": "alternate"}, [4, 5, 6, 7, 8], [4, 6, 8], [4, 6, 8]),
+        ({"warmup": 20}, [], [], []),
+        ({"warmup": 0, "policy": "saliency"}, [], [], []),
+        ({"warmup": 0, "every": 2, "schedule": "alternate", "policy": "all"}, [], [], []),
+    ],
+)
+def test_the_rounds_in_which_the_gate_chooses_and_learns_and_the_pool_rests(
+    settings: dict[str, object], chooses: list[int], learns: list[int], rests: list[int]
+) -> None:
+    gate, rounds = parse(GateConfig, settings), range(1, 9)
+    assert [r for r in rounds if gate.chooses(r)] == chooses
+    assert [r for r in rounds if gate.learns(r)] == learns
+    assert [r for r in rounds if gate.rests(r)] == rests
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 3),
+        ({"budgets": [2, 5]}, 5),
+        ({"budgets": [1, 2]}, 3),
+        ({"policy": "magnitude"}, 3),
+        ({"scope": "global"}, 9),
+        ({"distribution": "bernoulli"}, 9),
+        ({"policy": "all"}, 9),
+    ],
+)
+def test_the_most_rows_of_a_module_of_nine_units(settings: dict[str, object], expected: int) -> None:
+    assert parse(GateConfig, {"budget": 3, **settings}).max_rows(9) == expected
 
 
 def test_every_field_says_what_it_is() -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu
 
+from federation import gate
 from federation.errors import ConfigError, PoolError
 from federation.gate import GateSpec, GateState, standardise
+from federation.mask_distribution import Bernoulli, FixedBudget
 
 SPEC = GateSpec(modules=3, rank=4, feature_width=5, embedding_width=2, hidden=6, factor_width=7, initial_alpha=4.0)
 USERS = 8
@@ -21,36 +26,47 @@ def generator(seed: int) -> torch.Generator:
 
 def trained(dtype: torch.dtype = torch.float32) -> Tensor:
     """Parameters away from their start, so that every part matters: (1, |phi|)."""
-    return (SPEC.init(generator(0)) + 0.5 * torch.randn(1, SPEC.size, generator=generator(1))).to(dtype)
+    return (SPEC.init(generator(0), 0.25) + 0.5 * torch.randn(1, SPEC.size, generator=generator(1))).to(dtype)
 
 
 def state(dtype: torch.dtype = torch.float32) -> GateState:
     values = torch.randn(USERS, 5 + 2 + 12, generator=generator(2)).to(dtype)
     features, embedding, gain = torch.split(values, [5, 2, 12], 1)
-    return GateState(features, embedding, 1e-3 * gain, budget_share=0.25)
+    examples = torch.tensor([0, 1, 2, 4, 8, 16, 64, 256]).to(dtype)
+    return GateState(features, embedding, 1e-3 * gain, examples, budget_share=0.25)
 
 
 def only(user: int, of: GateState) -> GateState:
     here = slice(user, user + 1)
-    return replace(of, features_uf=of.features_uf[here], embedding_ue=of.embedding_ue[here], gain_ug=of.gain_ug[here])
+    return GateState(
+        of.features_uf[here], of.embedding_ue[here], of.gain_ug[here], of.examples_u[here], of.budget_share
+    )
+
+
+def normal_gains(spec: GateSpec, users: int) -> GateState:
+    gains = torch.randn(users, spec.modules * spec.rank, generator=generator(7))
+    features, embedding = torch.zeros(users, spec.feature_width), torch.zeros(users, spec.embedding_width)
+    return GateState(features, embedding, gains, torch.full((users,), 8.0), budget_share=0.25)
 
 
 def logits_by_definition(phi: Tensor, of: GateState) -> Tensor:
     """(U, G), one user, module and rank at a time."""
     p = SPEC.parts(phi)
     rows = []
-    for features, embedding, gain in zip(of.features_uf, of.embedding_ue, of.gain_ug):
+    for features, embedding, gain, examples in zip(of.features_uf, of.embedding_ue, of.gain_ug, of.examples_u):
         normed = (features - features.mean()) / (features.var(correction=0) + 1e-5).sqrt()
-        inputs = torch.cat((normed, features.new_tensor([of.budget_share]), embedding))
-        hidden = torch.nn.functional.gelu(p["input_weight"] @ inputs + p["input_bias"])
+        said = features.new_tensor([of.budget_share, math.log2(1 + examples) / 8])
+        inputs = torch.cat((normed, said, embedding))
+        hidden = gelu(p["input_weight"] @ inputs + p["input_bias"])
         h = p["output_weight"] @ hidden + p["output_bias"]
+        alpha = (p["log_alpha"][0] + p["alpha_weight"] @ hidden).exp()
         row = []
         for j in range(SPEC.modules):
             gains = gain[j * SPEC.rank : (j + 1) * SPEC.rank]
             normed_gains = (gains - gains.mean()) / gains.std(correction=0)
             for r in range(SPEC.rank):
                 e = p["module_factor"][j] * p["rank_factor"][r]
-                row.append(e @ h + p["log_alpha"][0].exp() * normed_gains[r])
+                row.append(e @ h + alpha * (normed_gains[r] - p["threshold"][0]))
         rows.append(torch.stack(row))
     return torch.stack(rows)
 
@@ -60,19 +76,99 @@ def test_logits_equal_their_definition() -> None:
     torch.testing.assert_close(SPEC.logits(phi, of), logits_by_definition(phi, of))
 
 
+def test_derivatives_equal_finite_differences() -> None:
+    phi, of = trained(torch.float64).requires_grad_(), state(torch.float64)
+    embedding = of.embedding_ue.clone().requires_grad_()
+
+    def logits(phi: Tensor, embedding_ue: Tensor) -> Tensor:
+        return SPEC.logits(phi, replace(of, embedding_ue=embedding_ue))
+
+    assert torch.autograd.gradcheck(logits, (phi, embedding))
+
+
 def test_a_fresh_gate_is_the_saliency_rule() -> None:
     of = state()
-    logits = SPEC.logits(SPEC.init(generator(0)), of)
-    torch.testing.assert_close(logits, 4.0 * standardise(of.gain_ug, SPEC.modules), rtol=1e-6, atol=0)
-    top = logits.view(USERS, 3, 4).argmax(2)
-    assert top.equal(of.gain_ug.view(USERS, 3, 4).argmax(2))
+    phi = SPEC.init(generator(0), 0.25)
+    logits = SPEC.logits(phi, of)
+    above = standardise(of.gain_ug, SPEC.modules) - SPEC.parts(phi)["threshold"]
+    torch.testing.assert_close(logits, 4.0 * above, rtol=1e-6, atol=0)
+    for budget in (1, 2, 3):
+        best = of.gain_ug.view(USERS, 3, 4).topk(budget).indices
+        saliency = torch.zeros(USERS, 3, 4, dtype=torch.bool).scatter_(2, best, True).flatten(1)
+        assert FixedBudget(logits, SPEC.modules, budget).mode().equal(saliency)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 0.9])
+def test_a_fresh_bernoulli_gate_begins_near_its_share(share: float) -> None:
+    spec = replace(SPEC, modules=8, rank=64)
+    mode = Bernoulli(spec.logits(spec.init(generator(0), share), normal_gains(spec, 200))).mode()
+    assert abs(mode.double().mean().item() - share) < 0.01
+
+
+@pytest.mark.parametrize("share", [1e-20, 0.025, 0.25, 0.5, 0.99])
+def test_threshold_leaves_the_share_of_a_normal_above_it(share: float) -> None:
+    threshold = SPEC.parts(SPEC.init(generator(0), share))["threshold"].item()
+    assert math.erfc(threshold / math.sqrt(2)) / 2 == pytest.approx(share, rel=1e-4)
+
+
+def test_a_share_of_one_begins_with_every_unit_active() -> None:
+    spec = replace(SPEC, modules=8, rank=64)
+    phi = spec.init(generator(0), 1.0)
+    assert spec.parts(phi)["threshold"].item() == pytest.approx(-3.72, abs=5e-3)
+    mode = Bernoulli(spec.logits(phi, normal_gains(spec, 200))).mode()
+    assert mode.double().mean() > 0.999
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.01, float("nan")])
+def test_an_impossible_share_is_refused(share: float) -> None:
+    with pytest.raises(ConfigError, match=f"within \\(0, 1\\], got {share}"):
+        SPEC.init(generator(0), share)
 
 
 def test_a_fresh_gate_can_learn_from_its_first_gradient() -> None:
     gamma = torch.randn(USERS, 12, generator=generator(4))
-    gradients, _ = SPEC.vjp(SPEC.init(generator(0)), state(), gamma)
+    gradients, _ = SPEC.vjp(SPEC.init(generator(0), 0.25), state(), gamma)
     first = SPEC.parts(gradients.mean(0))
-    assert all(first[name].norm() > 0 for name in ("output_weight", "output_bias", "log_alpha"))
+    learns = ("output_weight", "output_bias", "log_alpha", "alpha_weight", "threshold")
+    assert all(first[name].norm() > 0 for name in learns)
+
+
+def test_trust_in_gains_depends_on_how_many_examples_they_come_from() -> None:
+    few = replace(normal_gains(SPEC, 1), examples_u=torch.tensor([1.0]))
+    many = replace(few, examples_u=torch.tensor([255.0]))
+    phi = SPEC.init(generator(0), 0.5)
+    parts = SPEC.parts(phi)
+    parts["alpha_weight"].fill_(1.0)
+    _, weight_of_budget, weight_of_examples, _ = torch.split(parts["input_weight"], [5, 1, 1, 2], 1)
+    trust_few, trust_many = (
+        gelu(0.25 * weight_of_budget + examples * weight_of_examples).sum().exp() for examples in (1 / 8, 1.0)
+    )
+    ratio = SPEC.logits(phi, many) / SPEC.logits(phi, few)
+    torch.testing.assert_close(ratio, (trust_many / trust_few).expand(1, 12))
+
+
+def test_a_state_that_says_nothing_gives_finite_logits() -> None:
+    nothing = GateState(torch.zeros(2, 5), torch.zeros(2, 2), torch.zeros(2, 12), torch.zeros(2), budget_share=0.25)
+    logits = SPEC.logits(trained(), nothing)
+    assert logits.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in SPEC.vjp(trained(), nothing, torch.ones(2, 12)))
+    equal_features = replace(nothing, features_uf=torch.full((2, 5), 3.0))
+    torch.testing.assert_close(SPEC.logits(trained(), equal_features), logits)
+
+
+def test_examples_may_be_counted_in_whole_numbers() -> None:
+    of = state()
+    assert SPEC.logits(trained(), replace(of, examples_u=of.examples_u.long())).equal(SPEC.logits(trained(), of))
+
+
+def test_a_fixed_budget_does_not_see_the_threshold() -> None:
+    phi, of = trained(torch.float64), state(torch.float64)
+    moved = phi.clone()
+    SPEC.parts(moved)["threshold"].add_(1.0)
+    before, after = (FixedBudget(SPEC.logits(p, of), 3, 2).inclusion() for p in (phi, moved))
+    torch.testing.assert_close(after, before)
+    sparser = Bernoulli(SPEC.logits(moved, of)).inclusion() < Bernoulli(SPEC.logits(phi, of)).inclusion()
+    assert sparser.all()
 
 
 @pytest.mark.parametrize("flat", [True, False])
@@ -122,8 +218,18 @@ def test_equal_gains_say_nothing(value: float) -> None:
     assert standardise(torch.full((2, 96), value), modules=3).abs().max() == 0
 
 
+def test_the_docstring_says_where_everything_lies() -> None:
+    rows = re.findall(r"^    \S+ +(\w+) +\((.+)\)$", gate.__doc__ or "", flags=re.MULTILINE)
+    widths = {"F": 5, "2": 2, "E": 2, "H": 6, "D": 7, "J": 3, "R": 4, "1": 1}
+    shapes = [
+        (part, tuple(sum(widths[term] for term in width.split("+")) for width in shape.rstrip(",").split(",")))
+        for part, shape in ((part, shape.replace(" ", "")) for part, shape in rows)
+    ]
+    assert shapes == list(SPEC.shapes.items())
+
+
 def test_size_counts_every_parameter_and_does_not_grow_with_units() -> None:
-    assert SPEC.size == 6 * 8 + 6 + 7 * 6 + 7 + (3 + 4) * 7 + 1
+    assert SPEC.size == 6 * 9 + 6 + 7 * 6 + 7 + (3 + 4) * 7 + 1 + 6 + 1
     wide = replace(SPEC, modules=30, rank=40)
     assert wide.size - SPEC.size == (27 + 36) * 7
 

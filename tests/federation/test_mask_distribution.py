@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -90,6 +91,56 @@ def test_entropy_gradient_equals_finite_differences(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("edge", EDGES)
+def test_covariance_times_equals_the_enumerated_covariance(kind: str, edge: str) -> None:
+    logits_ug = torch.stack((EDGES["ordinary"].flip(0), EDGES[edge])).double()
+    v_ug = torch.randn(2, 6, generator=torch.Generator().manual_seed(3)).double()
+    ours = distribution(kind, logits_ug).covariance_times(v_ug)
+    for u in range(2):
+        masks, log_prob = by_enumeration(kind, logits_ug[u])
+        centred = masks.double() - log_prob.exp() @ masks.double()
+        covariance = centred.t() @ (log_prob.exp()[:, None] * centred)
+        torch.testing.assert_close(ours[u], covariance @ v_ug[u], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_covariance_is_the_derivative_of_the_inclusion(kind: str) -> None:
+    logits_ug = EDGES["ordinary"][None].double().requires_grad_()
+    inclusion_g = distribution(kind, logits_ug).inclusion()[0]
+    jacobian = torch.cat([torch.autograd.grad(value, logits_ug, retain_graph=True)[0] for value in inclusion_g])
+    columns = distribution(kind, logits_ug.detach().expand(6, -1)).covariance_times(torch.eye(6, dtype=torch.float64))
+    torch.testing.assert_close(columns, jacobian)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_vector_serves_all_users(kind: str) -> None:
+    generator = torch.Generator().manual_seed(8)
+    logits_ug, v_1g = torch.randn(5, 6, generator=generator), torch.randn(1, 6, generator=generator)
+    ours = distribution(kind, logits_ug)
+    assert ours.covariance_times(v_1g).equal(ours.covariance_times(v_1g.repeat(5, 1)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("edge", EDGES)
+def test_entropy_share_is_of_the_number_of_masks(kind: str, edge: str) -> None:
+    masks, log_prob = by_enumeration(kind, EDGES[edge].double())
+    share = distribution(kind, EDGES[edge][None].double()).entropy_share()
+    if len(masks) == 1:
+        assert share.tolist() == [1.0]
+    else:
+        truth = -(log_prob.exp() * log_prob).sum() / math.log(len(masks))
+        torch.testing.assert_close(share[0], truth, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_entropy_share_is_within_zero_and_one(kind: str) -> None:
+    logits_ug = torch.randn(300, 6, generator=torch.Generator().manual_seed(9)) * torch.logspace(-5, 3, 300)[:, None]
+    share = distribution(kind, logits_ug).entropy_share()
+    assert ((share >= 0) & (share <= 1)).all()
+    torch.testing.assert_close(distribution(kind, logits_ug).uniform().entropy_share(), torch.ones(300))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_score_is_the_gradient_of_log_prob(kind: str) -> None:
     masks = all_masks(kind)[None]
     logits_ug = EDGES["ordinary"][None].double().requires_grad_()
@@ -152,6 +203,27 @@ def test_a_block_of_users_equals_single_users(kind: str) -> None:
         assert single.sample(uniform[u : u + 1])[0].equal(block.sample(uniform)[u])
         torch.testing.assert_close(single.inclusion()[0], block.inclusion()[u], rtol=0, atol=1e-6)
         torch.testing.assert_close(single.entropy_gradient()[0], block.entropy_gradient()[u], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_distribution_of_one_user_serves_all(kind: str) -> None:
+    one = distribution(kind, EDGES["ordinary"][None])
+    masks = all_masks(kind)[:4].expand(3, -1, -1)
+    repeated = one.take(torch.zeros(3, dtype=torch.int64))
+    assert repeated.logits_ug.shape == (3, 6)
+    assert one.log_prob(masks).equal(repeated.log_prob(masks))
+    assert one.score(masks).equal(repeated.score(masks))
+
+
+def test_a_budget_over_all_modules_is_exact_in_single_precision() -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits_ug = 4.0 * torch.randn(4, 256, generator=generator)
+    one, two = FixedBudget(logits_ug, modules=1, budget=64), FixedBudget(logits_ug.double(), modules=1, budget=64)
+    samples = one.sample(torch.rand(4, 8, 256, generator=generator))
+    assert (samples.sum(2) == 64).all()
+    torch.testing.assert_close(one.inclusion().sum(1), torch.full((4,), 64.0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(one.inclusion().double(), two.inclusion(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(one.log_prob(samples).double(), two.log_prob(samples), rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("budget", [0, -1, 4])

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from client.round import LocalRule, RoundData, RoundState, local_round
-from client.state import RecordLayout
-from federation.config import GateConfig, LocalConfig
+from client.round import RoundData, RoundState, local_round
+from client.task import Task
+from federation.config import TaskConfig, parse
 from federation.pool.model import PooledModel
-from federation.state import gate_spec, initial_values, metric_names, schema_of
-from federation.streams import Streams
+from federation.state import initial_values, metric_names
 from tests import models
 
 USERS, RANK = 2, 4
@@ -19,8 +18,11 @@ RULES = {
     "gate, budgets free": {"policy": "gate", "warmup": 0, "distribution": "bernoulli"},
     "gate, last round of its warm-up": {"policy": "gate", "warmup": 3},
     "gate, first round after it": {"policy": "gate", "warmup": 2},
+    "gate, between the rounds in which it learns": {"policy": "gate", "warmup": 1, "every": 2},
+    "gate, while the pool rests": {"policy": "gate", "warmup": 0, "every": 2, "schedule": "alternate"},
     "saliency": {"policy": "saliency", "warmup": 0},
     "saliency, warming up": {"policy": "saliency", "warmup": 3},
+    "magnitude": {"policy": "magnitude"},
     "random": {"policy": "random"},
     "all": {"policy": "all"},
 }
@@ -28,13 +30,12 @@ RULES = {
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_nodes_report_the_metrics_that_the_server_expects(rule: dict[str, object]) -> None:
-    gate = GateConfig(budget=2, embedding=2, hidden=3, factors=2, samples=2, **rule)  # type: ignore[arg-type]
-    model = PooledModel.around(models.mlp(), RANK, 1.0)
-    schema = schema_of(model.spec, gate_spec(model, gate), gate)
-    streams = Streams(0)
-    values = initial_values(model.spec, gate_spec(model, gate), schema, streams)
-    users = RecordLayout(gate.embedding, -(-model.spec.units // 8)).fresh(torch.arange(USERS).numpy())
-    data = RoundData(models.batch_for(model.base, USERS, 4, 1), models.batch_for(model.base, USERS, 2, 2))
-    local = LocalConfig(steps=1, examples=2, gain_examples=4, query_examples=2)
-    update, _ = local_round(model, RoundState(values, 3, "v"), users, data, LocalRule(gate, local), streams)
-    assert sorted(metric_names(gate, 3)) == sorted(update.metrics)
+    small = {"budget": 2, "embedding": 2, "hidden": 3, "factors": 2}
+    local = {"steps": 1, "examples": 2, "gain_examples": 4, "query_examples": 2}
+    config = parse(TaskConfig, {"gate": {**small, **rule}, "local": local, "pool": {"rank": RANK}})
+    task = Task(config, PooledModel.around(models.mlp(), RANK, 1.0))
+    values = initial_values(task.model.spec, task.gate, task.schema, config.gate, task.streams)
+    users = task.record_layout.fresh(torch.arange(USERS).numpy())
+    data = RoundData(models.batch_for(task.model.base, USERS, 4, 1), models.batch_for(task.model.base, USERS, 2, 2))
+    update, _ = local_round(task.model, RoundState(values, 3, "v"), users, data, task.local, task.streams)
+    assert sorted(metric_names(config.gate, 3)) == sorted(update.metrics)

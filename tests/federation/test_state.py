@@ -2,73 +2,99 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from federation.config import GateConfig
+from federation.config import GateConfig, parse
 from federation.pool.model import PooledModel
-from federation.state import GATE_SECTION, gate_spec, initial_values, schema_of, version_of
+from federation.state import (
+    GATE_SECTION,
+    LOAD_SECTION,
+    PRICE_SECTION,
+    gate_spec,
+    initial_values,
+    schema_of,
+    version_of,
+)
 from federation.streams import Streams
 from federation.update import Schema, Values
 from tests import models
 
 RANK, BUDGET = 5, 2
+UNITS = 2 * RANK
+STEERED: dict[str, Any] = {"distribution": "bernoulli", "reward": {"price": 0.01, "target": 0.2}}
 
 
 def model() -> PooledModel:
     return PooledModel.around(models.mlp(), RANK, 1.0)
 
 
+def config_for(**gate: Any) -> GateConfig:
+    return parse(GateConfig, {"budget": BUDGET, **gate})
+
+
 def schema_for(**gate: Any) -> Schema:
-    config = GateConfig(budget=BUDGET, **gate)
+    config = config_for(**gate)
     return schema_of(model().spec, gate_spec(model(), config), config)
 
 
-def values_for(seed: int = 0) -> Values:
-    config = GateConfig(budget=BUDGET)
-    gate = gate_spec(model(), config)
-    return initial_values(model().spec, gate, schema_of(model().spec, gate, config), Streams(seed))
+def values_for(seed: int = 0, **gate: Any) -> Values:
+    config = config_for(**gate)
+    spec = gate_spec(model(), config)
+    return initial_values(model().spec, spec, schema_of(model().spec, spec, config), config, Streams(seed))
 
 
 @pytest.mark.parametrize(
-    ("gate", "max_rows", "has_gate"),
+    ("gate", "max_rows", "others"),
     [
-        ({}, BUDGET, True),
-        ({"distribution": "bernoulli"}, RANK, True),
-        ({"policy": "saliency"}, BUDGET, False),
-        ({"policy": "random", "distribution": "bernoulli"}, RANK, False),
-        ({"policy": "all"}, RANK, False),
+        ({}, BUDGET, {GATE_SECTION, LOAD_SECTION}),
+        ({"budgets": [1, 3]}, 3, {GATE_SECTION, LOAD_SECTION}),
+        ({"scope": "global"}, RANK, {GATE_SECTION, LOAD_SECTION}),
+        ({"distribution": "bernoulli"}, RANK, {GATE_SECTION, LOAD_SECTION}),
+        ({"distribution": "bernoulli", "reward": {"price": 0.01}}, RANK, {GATE_SECTION, LOAD_SECTION}),
+        (STEERED, RANK, {GATE_SECTION, LOAD_SECTION, PRICE_SECTION}),
+        ({"policy": "saliency"}, BUDGET, set()),
+        ({"policy": "random", **STEERED}, RANK, set()),
+        ({"policy": "all"}, RANK, set()),
     ],
 )
-def test_a_user_may_send_its_budget_of_units_and_the_gate_where_one_is_trained(
-    gate: dict[str, Any], max_rows: int, has_gate: bool
+def test_a_user_may_send_its_budget_of_units_and_a_row_of_all_that_is_the_gates_where_one_is_trained(
+    gate: dict[str, Any], max_rows: int, others: set[str]
 ) -> None:
     schema = schema_for(**gate)
-    pool = [spec for name, spec in schema.sections.items() if name != GATE_SECTION]
+    pool = [spec for name, spec in schema.sections.items() if name.startswith("pool/")]
     assert [(spec.rows, dict(spec.factors), spec.max_rows) for spec in pool] == [
         (RANK, {"down": 5, "up": 7}, max_rows),
         (RANK, {"down": 7, "up": 3}, max_rows),
     ]
-    assert (GATE_SECTION in schema.sections) == has_gate
-    if has_gate:
-        assert (schema.sections[GATE_SECTION].rows, schema.sections[GATE_SECTION].max_rows) == (1, 1)
+    assert {name for name in schema.sections if not name.startswith("pool/")} == others
+    assert all((schema.sections[name].rows, schema.sections[name].max_rows) == (1, 1) for name in others)
+    widths = {GATE_SECTION: gate_spec(model(), config_for(**gate)).size, LOAD_SECTION: UNITS, PRICE_SECTION: 1}
+    assert {name: schema.sections[name].width for name in others} == {name: widths[name] for name in others}
 
 
-def test_first_values_fit_the_schema_and_change_nothing_yet() -> None:
-    values, schema = values_for(), schema_for()
+@pytest.mark.parametrize("gate", [{}, STEERED])
+def test_first_values_fit_the_schema_and_change_nothing_yet(gate: dict[str, Any]) -> None:
+    values, schema = values_for(**gate), schema_for(**gate)
     assert {n: tuple(v.shape) for n, v in values.items()} == {n: (s.rows, s.width) for n, s in schema.sections.items()}
     for name, spec in schema.sections.items():
-        if name != GATE_SECTION:
+        if name.startswith("pool/"):
             assert not values[name][:, spec.columns("up")].any()
             assert values[name][:, spec.columns("down")].all()
+    assert not values[LOAD_SECTION].any()
+
+
+def test_a_steered_price_begins_as_the_logarithm_of_what_is_configured() -> None:
+    assert float(values_for(**STEERED)[PRICE_SECTION]) == pytest.approx(math.log(0.01))
 
 
 def test_first_values_depend_on_the_seed_alone() -> None:
     once, again, other = values_for(0), values_for(0), values_for(1)
     assert all(torch.equal(once[name], again[name]) for name in once)
-    assert not any(torch.equal(once[name], other[name]) for name in once)
+    assert not any(torch.equal(once[name], other[name]) for name in once if name != LOAD_SECTION)
 
 
 def test_a_version_names_these_values_of_this_round() -> None:

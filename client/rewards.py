@@ -1,0 +1,78 @@
+"""What masks are worth to U users: the quality on their query part, with the pool's rows as they are or adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from client.adapt import sgd
+from federation.config import RewardConfig
+from federation.data.population import Batch
+from federation.errors import ConfigError
+from federation.pool.model import PooledModel
+from federation.pool.spec import PoolSpec, gather, rows_of_mask
+from federation.qualities import Quality
+from federation.update import Values
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """Steps of SGD that a mask's rows take before they are judged; none with steps = 0."""
+
+    batches: Sequence[Batch]
+    steps: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class MaskReward:
+    """An estimator's `Objective`: the quality on `query` of U users' rows, after their adaptation."""
+
+    model: PooledModel
+    values: Values
+    query: Batch
+    quality: Quality
+    adaptation: Adaptation
+
+    def reward(self, masks_ukg: Tensor) -> Tensor:
+        """(U, K, G) bool -> (U, K): all masks of all users in one stacked computation."""
+        users, samples, _ = masks_ukg.shape
+        repeated = torch.arange(users).repeat_interleave(samples)
+        rows = self._adapted(self._rows(masks_ukg.flatten(0, 1)), repeated)
+        with torch.no_grad(), self.model.bound(rows):
+            return self.model.quality(self.query.take(repeated), self.quality).view(users, samples)
+
+    def reward_gradient(self, strength_ug: Tensor) -> tuple[Tensor, Tensor]:
+        """The quality with every unit on at `strength_ug`, without adaptation, and its gradient: (U,), (U, G)."""
+        gates_ug = strength_ug.detach().clone().requires_grad_()
+        with self.model.gated(self.values, gates_ug):
+            quality_u = self.model.quality(self.query, self.quality)
+        return quality_u.detach(), torch.autograd.grad(quality_u.sum(), gates_ug)[0]
+
+    def _rows(self, masks_ng: Tensor) -> dict[str, Tensor]:
+        modules = len(self.model.spec.modules)
+        most = int(masks_ng.view(len(masks_ng), modules, -1).sum(2).max())
+        return gather(self.values, self.model.spec, *rows_of_mask(masks_ng, modules, max(most, 1)))
+
+    def _adapted(self, rows: dict[str, Tensor], repeated: Tensor) -> Mapping[str, Tensor]:
+        if not self.adaptation.steps:
+            return rows
+        batches = [batch.take(repeated) for batch in self.adaptation.batches]
+        return sgd(self.model, rows, batches, self.adaptation.steps, self.adaptation.learning_rate, ("down", "up"))[0]
+
+
+def unit_costs(spec: PoolSpec, reward: RewardConfig) -> Tensor:
+    """What switching on each unit costs, (G,), with a mean of 1. Raises ConfigError for costs of other modules."""
+    if reward.cost == "units":
+        cost_j = torch.ones(len(spec.modules))
+    elif reward.cost == "parameters":
+        cost_j = torch.tensor([float(m.width) for m in spec.modules])
+    else:
+        names = [m.name for m in spec.modules]
+        if set(reward.cost) != set(names):
+            raise ConfigError(f"gate.reward.cost names each module once, got {sorted(reward.cost)}; the pool has {names}")
+        cost_j = torch.tensor([reward.cost[name] for name in names])
+    return (cost_j / cost_j.mean()).repeat_interleave(spec.rank)

@@ -1,0 +1,1 @@
+"""Estimators of the gate's gradient, as plugins: `fedquilt.estimators`."""

@@ -1,0 +1,63 @@
+"""Exploration: now and then a mask is drawn for the units that are rarely used, not as the policy would.
+
+A mask comes from beta = (1 - share) * pi + share * toward, and a whole mask is explored or not. An estimate of the
+policy's gradient weighs it by pi / beta: without this weight, exploration biases the gradient.
+
+Shapes: U users, K masks per user, G units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from federation.errors import ConfigError
+from federation.mask_distribution import MaskDistribution
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """share: of the masks that explore. toward: what these are drawn from; of one user, it serves all.
+
+    Raises ConfigError unless 0 <= share < 1.
+    """
+
+    share: float
+    toward: MaskDistribution
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ConfigError(f"exploration is a share of the masks within [0, 1), got {self.share}")
+
+    def sample(self, distribution: MaskDistribution, uniform_ukg: Tensor, coin_uk: Tensor) -> tuple[Tensor, Tensor]:
+        """Masks from beta, and their log importance weights.
+
+        Shapes: uniform_ukg (U, K, G) and coin_uk (U, K) in (0, 1); masks (U, K, G) bool, log pi - log beta (U, K).
+        """
+        explores_uk = coin_uk < self.share
+        masks_ukg = distribution.sample(uniform_ukg)
+        some_u = explores_uk.any(1).nonzero().squeeze(1)  # few: drawing both ways for all would cost twice
+        toward = self.toward.take(torch.zeros_like(some_u)).sample(uniform_ukg[some_u])
+        masks_ukg[some_u] = torch.where(explores_uk[some_u, :, None], toward, masks_ukg[some_u])
+        return masks_ukg, self.log_importance(distribution, masks_ukg)
+
+    def log_importance(self, distribution: MaskDistribution, masks_ukg: Tensor) -> Tensor:
+        """log pi(mask) - log beta(mask), at most -log(1 - share): (U, K, G) -> (U, K)."""
+        log_pi = distribution.log_prob(masks_ukg)
+        share = torch.full_like(log_pi, self.share)
+        explored = self.toward.log_prob(masks_ukg) + share.log()
+        return log_pi - torch.logaddexp(log_pi + torch.log1p(-share), explored)
+
+
+def rarely_used(load_g: Tensor) -> Tensor:
+    """Logits (1, G) that favour units by how rarely they are used: log(mean load / load), at most log 11.
+
+    load_g: how often each unit is chosen, as any measure that is zero for never; below zero (privacy adds noise)
+    counts as zero. Equal loads give equal logits, so do loads of zero.
+    """
+    load_g = load_g.clamp_min(0)
+    mean = load_g.mean()
+    floor = 0.1 * mean + torch.finfo(load_g.dtype).tiny
+    return ((mean + floor) / (load_g + floor)).log()[None]

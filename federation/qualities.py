@@ -1,0 +1,64 @@
+"""What a user's reward measures, on examples that the masks were not adapted to: plugins of `fedquilt.qualities`.
+
+A quality need not be differentiable. An estimator that asks for its gradient takes one that is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from federation.base import BaseModel
+from federation.config import QualityConfig
+from federation.errors import ConfigError
+from federation.plugins import Plugins
+
+
+class Quality(Protocol):
+    """Higher is better. differentiable: whether autograd may go through `measure`."""
+
+    differentiable: bool
+
+    def measure(self, base: BaseModel, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The quality of each example under the base model with what is bound to it: (B, ..), (B, ..) -> (B,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class NegativeLoss:
+    """Minus the base's loss, in nats per target."""
+
+    differentiable = True
+
+    def measure(self, base: BaseModel, inputs: Tensor, targets: Tensor) -> Tensor:
+        return -base.loss(base.module, inputs, targets)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The share of an example's targets that the base gets right. Raises ConfigError for a base that cannot say."""
+
+    differentiable = False
+
+    def measure(self, base: BaseModel, inputs: Tensor, targets: Tensor) -> Tensor:
+        if base.accuracy is None:
+            raise ConfigError(
+                f"gate.reward.quality = 'accuracy' needs a base model that defines it, {base.name!r} does not; "
+                "set it to 'loss', or to a quality of your own"
+            )
+        return base.accuracy(base.module, inputs, targets)
+
+
+QUALITIES: Plugins[Quality] = Plugins(
+    kind="quality",
+    group="fedquilt.qualities",
+    contract=Quality,
+    builtin={"loss": "federation.qualities:NegativeLoss", "accuracy": "federation.qualities:Accuracy"},
+)
+
+
+def make_quality(config: QualityConfig) -> Quality:
+    """The quality that a configuration names, with its options."""
+    return QUALITIES.make(config.name, **config.options)
