@@ -7,12 +7,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from federation.config import OptimizerConfig, RunConfig
 from federation.errors import CheckpointError
 from federation.state import LOAD_SECTION, PRICE_SECTION, version_of
 from federation.update import Limits, Rejections, Schema, UpdateBlock, Values, admit
 from server.checkpoint import Checkpoint
-from strategies.protocol import Optimizer, State, Strategy, Tensors
+from strategies.optimizers import Sgd
+from strategies.protocol import Optimizer, State, Step, Strategy, Tensors
 from strategies.registry import make_optimizer, make_strategy
 
 T = TypeVar("T")
@@ -29,6 +32,15 @@ class Rules:
     strategy: Strategy[Any]
     optimizers: Mapping[str, Optimizer]
     limits: Limits
+
+
+@dataclass(frozen=True)
+class RunningShare(Sgd):
+    """The running mean of what users have switched on, within [0, 1] whatever they send: clients take its logarithm."""
+
+    def step(self, values: Values, step: Step, state: Tensors) -> tuple[dict[str, Tensor], Tensors]:
+        moved, state = super().step(values, step, state)
+        return {name: share.clamp(0.0, 1.0) for name, share in moved.items()}, state
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,8 @@ def rules_of(config: RunConfig, schema: Schema) -> Rules:
         prefix: _optimizer(wanted, config.federation.rounds)
         for prefix, wanted in (("pool", config.pool_optimizer), ("gate", config.gate_optimizer))
     }
-    optimizers |= {prefix: make_optimizer("sgd", learning_rate=rate) for prefix, rate in _rates(config, schema).items()}
+    tracked = {LOAD_SECTION: RunningShare(LOAD_RATE), PRICE_SECTION: Sgd(config.gate.reward.price_rate)}
+    optimizers |= {prefix: optimizer for prefix, optimizer in tracked.items() if prefix in schema.sections}
     max_norm = {"pool": config.limits.pool_norm, "gate": config.limits.gate_norm, **_largest(config, schema)}
     limits = Limits(max_norm, config.limits.weight, config.limits.absurd)
     return Rules(schema, make_strategy(config.strategy.name, **config.strategy.options), optimizers, limits)
@@ -124,15 +137,9 @@ def _odd_parts(parts: Mapping[str, Tensors], rules: Rules) -> list[str]:
     return odd + [part for part in needed if part not in parts]
 
 
-def _rates(config: RunConfig, schema: Schema) -> dict[str, float]:
-    """The constant rates of what is tracked, not trained: of the gate's sections that the schema has."""
-    rates = {LOAD_SECTION: LOAD_RATE, PRICE_SECTION: config.gate.reward.price_rate}
-    return {name: rate for name, rate in rates.items() if name in schema.sections}
-
-
 def _largest(config: RunConfig, schema: Schema) -> dict[str, float]:
-    """Norms of them that no honest user exceeds: a mask minus shares is within 1 in each of G units, and a share of
-    active units is off its target by at most as many targets as 1 is."""
+    """Norms that no honest user exceeds: a mask minus shares is within 1 in each of G units, and a share of active
+    units is off its target by at most as many targets as 1 is."""
     largest = {}
     if LOAD_SECTION in schema.sections:
         largest[LOAD_SECTION] = math.sqrt(schema.sections[LOAD_SECTION].width)

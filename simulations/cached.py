@@ -50,7 +50,7 @@ def target_figures(
     return TargetFigures(log_prob, cache_prob, matched, counted, nats_per_bit_u)
 
 
-def check_methods(methods: Sequence[Method], population: Population) -> None:
+def check_caches(methods: Sequence[Method], population: Population) -> None:
     """Raises ConfigError when a method has a cache and the population is not text: before anything is trained."""
     if any(method.cache for method in methods):
         _of_text(population)

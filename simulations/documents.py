@@ -33,7 +33,8 @@ CLAIMS = (
     ("dsa_t2", "dense_lora"),
     ("dsa_t0", "shared"),
     ("dsa_t0", "random_mask"),
-    ("dsa_t0", "random_mask_random_pool"),
+    ("dsa_t0", "random_mask[pool=random]"),
+    ("dsa_t0", "random_mask_random_pool"),  # the same in older records
     ("dsa_t0", "other_mask"),
     ("dsa_t0", "saliency_mask"),
     ("dsa_t1", "shared_scales"),
@@ -91,7 +92,7 @@ def _claims(record: Record) -> str:
     pairs = {(c["a"], c["b"]): (c, 1) for c in _only_variant(record)["comparisons"]}
     pairs |= {(b, a): (c, -1) for (a, b), (c, _) in pairs.items()}
     rows = []
-    for a, b in CLAIMS:
+    for a, b in (claim for claim in CLAIMS if claim in pairs):
         found, sign = pairs[a, b]
         low, high = sorted((sign * found["low"], sign * found["high"]))
         difference = sign * found["difference"]

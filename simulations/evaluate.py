@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,18 @@ from torch import Tensor
 from federation import masks
 from federation.config import RunConfig
 from federation.data.population import Population, as_array
-from federation.errors import PopulationError
+from federation.errors import ConfigError, PopulationError
 from federation.pool.spec import SECTION_PREFIX
 from federation.streams import UserIds
-from simulations.cached import fitted_weights, mixed_loss
+from simulations.cached import check_caches, fitted_weights, mixed_loss
 from simulations.compute.worker import Job, blocks
 from simulations.compute.workers import Workers
-from simulations.methods import Method, methods_of
+from simulations.methods import TEACHERS, Choice, Method, methods_of
 from simulations.progress import Progress, Stage
 from simulations.serve import Plan, Served, Trained, propose_masks, serve_block
+from simulations.setup import Setup, Teacher
 from simulations.statistics import Floats
+from simulations.variants import MAIN
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,16 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All rows, over the same users in the same order, and what masks each rule proposed (U, G).
+    """All rows, over the same users in the same order, and the users' masks (U, G) by each choice.
 
-    modules: the names of the adapted modules.
+    usual: how the main federation itself chooses; its masks are always there. modules: the names of the adapted ones.
     """
 
     user_ids: UserIds
     groups_u: UserIds
     results: Sequence[MethodResult]
-    masks: Mapping[str, Tensor]
+    masks: Mapping[Choice, Tensor]
+    usual: Choice
     modules: Sequence[str]
 
 
@@ -65,19 +69,49 @@ def evaluate(workers: Workers, population: Population, trained: Trained, progres
     tuning_blocks, new_blocks = _cut(tuning_ids, config), _cut(new_ids, config)
     shared = workers.share(trained)
 
+    usual = usual_choice(config)
+    choices = list(dict.fromkeys([usual, *[method.choice for method in methods if method.choice is not None]]))
+
     tuning, serving = len(tuning_blocks), len(new_blocks)
     stage = progress.stage
-    tuning_masks = _propose(workers, shared, tuning_ids, tuning_blocks, stage("propose masks", tuning))
+    propose = partial(_propose, workers, shared, population, choices)
+    tuning_masks = propose(tuning_ids, tuning_blocks, stage("propose masks", tuning))
     grid = [plan for method in methods for plan in plans_of(method, config)]
     trials = _serve(workers, shared, tuning_ids, tuning_blocks, tuning_masks, grid, stage("choose rates", tuning))
     chosen = [min(plans_of(method, config), key=lambda plan: _mean_loss(plan, trials[plan])) for method in methods]
-    new_masks = _propose(workers, shared, new_ids, new_blocks, stage("propose new masks", serving))
+    new_masks = propose(new_ids, new_blocks, stage("propose new masks", serving))
     served = _serve(workers, shared, new_ids, new_blocks, new_masks, chosen, stage("serve new users", serving))
-    modules = [name.removeprefix(SECTION_PREFIX) for name in trained.values["pool"] if name.startswith(SECTION_PREFIX)]
-    units = config.pool.rank * len(modules)
     results = [_result(plan, served[plan], trials[plan]) for plan in chosen]
-    proposed = {name: masks.unpack(mask, units) for name, mask in new_masks.items()}
-    return Evaluation(new_ids, population.groups(new_ids), results, proposed, modules)
+    modules = [name.removeprefix(SECTION_PREFIX) for name in trained.values[MAIN] if name.startswith(SECTION_PREFIX)]
+    ranks = {name: trained.configs.get(name, config).pool.rank for name in {choice.pool for choice in choices}}
+    proposed = {choice: masks.unpack(packed, ranks[choice.pool] * len(modules)) for choice, packed in new_masks.items()}
+    return Evaluation(new_ids, population.groups(new_ids), results, proposed, usual, modules)
+
+
+def usual_choice(config: RunConfig) -> Choice:
+    """How the main federation's policy chooses; by saliency where it leaves no choice."""
+    policy = config.gate.policy
+    return Choice("saliency" if policy == "all" else policy, MAIN, config.evaluate.gain_examples, config.gate.budget)
+
+
+def check_methods(methods: Sequence[Method], population: Population, federations: Mapping[str, Setup]) -> None:
+    """Raises ConfigError when a method needs another population than this one: before anything is trained."""
+    check_caches(methods, population)
+    for method in methods:
+        if method.mask not in TEACHERS:
+            continue
+        if not isinstance(population, Teacher):
+            raise ConfigError(
+                f"the method {method.name!r} needs a population with known best masks, {population.name!r} has none; "
+                "leave it out of evaluate.methods"
+            )
+        units = federations[method.source].model.spec.units
+        known = population.best_mask(as_array(population.users("train")[:1])).shape[1]
+        if units != known:
+            raise ConfigError(
+                f"best masks are of {known} units, the pool of {method.source!r} has {units}, in {method.name!r}; "
+                "give the pool the population's rank and modules, or leave the method out"
+            )
 
 
 def federated_users(population: Population, config: RunConfig) -> range | UserIds:
@@ -133,11 +167,27 @@ def _run_all(workers: Workers, job: Job, arguments: Sequence[tuple[Any, ...]], s
     return [found[position] for position in range(len(arguments))]
 
 
-def _propose(workers: Workers, trained: Any, ids: UserIds, parts: Sequence[slice], stage: Stage) -> dict[str, Tensor]:
-    """Every kind of mask for every user, packed; "other" is the gate's mask of a user half the list away."""
-    proposals = _run_all(workers, propose_masks, [(trained, ids[part]) for part in parts], stage)
-    packed = {name: torch.cat([proposal[name] for proposal in proposals]) for name in proposals[0]}
-    return packed | {"other": packed["gate"].roll(len(ids) // 2, 0)} if "gate" in packed else packed
+def _propose(
+    workers: Workers,
+    trained: Any,
+    population: Population,
+    choices: Sequence[Choice],
+    ids: UserIds,
+    parts: Sequence[slice],
+    stage: Stage,
+) -> dict[Choice, Tensor]:
+    """Every user's mask by every choice, packed; "other" is the gate's mask of a user half the list away."""
+    own = {choice: replace(choice, rule="gate") if choice.rule == "other" else choice for choice in choices}
+    asked = list(dict.fromkeys(choice for choice in own.values() if choice.rule not in TEACHERS))
+    proposals = _run_all(workers, propose_masks, [(trained, ids[part], asked) for part in parts], stage)
+    packed = {choice: torch.cat([proposal[choice] for proposal in proposals]) for choice in asked}
+    if isinstance(population, Teacher):
+        best = {"best": population.best_mask, "type": population.state_best_mask}
+        packed |= {choice: masks.pack(best[choice.rule](ids)) for choice in choices if choice.rule in best}
+    return {
+        choice: packed[own[choice]].roll(len(ids) // 2, 0) if choice.rule == "other" else packed[choice]
+        for choice in choices
+    }
 
 
 def _serve(
@@ -145,7 +195,7 @@ def _serve(
     trained: Any,
     ids: UserIds,
     parts: Sequence[slice],
-    packed: Mapping[str, Tensor],
+    packed: Mapping[Choice, Tensor],
     plans: Sequence[Plan],
     stage: Stage,
 ) -> dict[Plan, list[Served]]:

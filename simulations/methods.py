@@ -1,8 +1,18 @@
-"""The rows of the result table: every way to serve a new user that is compared."""
+"""The rows of the result table: every way to serve a new user that is compared.
+
+A method is written `name[option=value,..]@format`, as in `dsa_t2[pool=disarm,windows=4]@ternary:0.2`. Options of those
+whose masks are chosen by user:
+
+    pool      the federation whose pool and gate serve, one of `variants.federations_of`; the main one by default
+    windows   how many support examples the choice sees; `evaluate.gain_examples` by default
+    budget    active units per module; `gate.budget` of the federation by default
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from client.personal import Tuned
@@ -11,29 +21,69 @@ from federation.config import RunConfig
 from federation.errors import ConfigError
 from federation.formats import RowFormat
 from federation.plugins import suggest
+from simulations.variants import MAIN, SHARED, federations_of
 
-Source = Literal["base", "fresh", "pool", "shared", "random_pool"]
-MaskRule = Literal["none", "all", "gate", "saliency", "random", "other"]
+UserRule = Literal["gate", "other", "saliency", "magnitude", "random", "best", "type"]
+MaskRule = Literal["none", "all"] | UserRule
 
 FP16 = RowFormat("fp16")
+TEACHERS: tuple[UserRule, ...] = ("best", "type")
+"""Masks that only a population with a teacher knows."""
+
+_OPTIONS: Mapping[MaskRule, tuple[str, ...]] = {
+    **dict.fromkeys(("gate", "other", "saliency"), ("pool", "windows", "budget")),
+    **dict.fromkeys(("random", "magnitude"), ("pool", "budget")),
+    **dict.fromkeys(TEACHERS, ("pool",)),
+}
+_OPTION = r"\s*\w+\s*=\s*[^\s\[\]@,=]+\s*"
+_WRITTEN = re.compile(rf"(?P<base>[^\[\]@]+)(?:\[(?P<options>{_OPTION}(?:,{_OPTION})*)\])?(?:@(?P<written>.+))?")
+
+
+@dataclass(frozen=True)
+class MethodName:
+    """A method's name in parts. options: as they are written, by name. written: the format, "" for the usual one."""
+
+    base: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    written: str = ""
+
+    def __str__(self) -> str:
+        options = ",".join(f"{name}={value}" for name, value in self.options.items())
+        return self.base + (f"[{options}]" if options else "") + (f"@{self.written}" if self.written else "")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How users' masks are chosen, of the units of a federation's pool.
+
+    "other" is what the gate chose for another user; "best" and "type" are the known best masks of the user and, for
+    what its type says, of its type. windows: support examples that are seen. budget: active units per module.
+    """
+
+    rule: UserRule
+    pool: str
+    windows: int
+    budget: int
 
 
 @dataclass(frozen=True)
 class Method:
     """One way to serve a user.
 
-    source: where the rows start: the frozen base alone, fresh LoRA rows, the pool, the shared dense LoRA, or a pool
-    that was trained with random masks. mask: which rows. tuned: what the user then tunes on its support part.
-    rows: how the difference to the source is written, which sets the bytes. rank: rows per module where the mask is
-    "all". cache: whether a 5-gram cache of the user's own text is interpolated.
+    source: where the rows start: the frozen base alone ("base"), new LoRA rows ("fresh"), or a federation's pool, by
+    the federation's name. mask: which rows. tuned: what the user then tunes on its support part. rows: how the
+    difference to the source is written, which sets the bytes. budget: active units per module; where the mask is
+    "all", as many rows as there are. windows: support examples that a mask is chosen by. cache: whether a 5-gram cache
+    of the user's own text is interpolated.
     """
 
     name: str
-    source: Source
+    source: str
     mask: MaskRule
     tuned: Tuned
     rows: RowFormat
-    rank: int
+    budget: int
+    windows: int = 0
     cache: bool = False
 
     @property
@@ -41,65 +91,124 @@ class Method:
         """What methods have in common that only differ in how the tuned difference is written, or in the cache."""
         return replace(self, name="", rows=FP16, cache=False)
 
+    @property
+    def choice(self) -> Choice | None:
+        """How the user's mask is chosen; None where nobody chooses."""
+        if self.mask == "none" or self.mask == "all":
+            return None
+        return Choice(self.mask, self.source, self.windows, self.budget)
+
 
 def methods_of(config: RunConfig) -> list[Method]:
     """The configured methods, in the table's order; "base" is always the first.
 
-    Raises ConfigError for an unknown name.
+    Raises ConfigError for an unknown name, option or format, for options that do not fit the method or its
+    federation, and for a gate's masks of a federation without a gate.
     """
-    known = known_methods(config)
+    known, federations = known_methods(config), federations_of(config)
     chosen = ["base", *[name for name in config.evaluate.methods if name != "base"]]
-    methods = [_compressed(name, known) if "@" in name else known.get(name) for name in chosen]
-    for name, method in zip(chosen, methods, strict=True):
-        if method is None:
-            raise ConfigError(f"unknown method {name!r} in evaluate.methods; {suggest(name, known)}")
-        if method.mask in ("gate", "other") and config.gate.policy != "gate":
-            raise ConfigError(
-                f"the method {name!r} takes a gate's masks, but gate.policy is {config.gate.policy!r}; "
-                "set it to 'gate' or leave the method out"
-            )
-    return [method for method in methods if method is not None]
+    return [_method(parsed_name(name), known, federations) for name in chosen]
 
 
 def known_methods(config: RunConfig) -> dict[str, Method]:
-    """Every method by name, with the budgets and formats of a configuration."""
-    k, full = config.gate.budget, config.pool.rank
+    """Every method by its bare name, with the budgets and formats of a configuration."""
+    k, full, windows = config.gate.budget, config.pool.rank, config.evaluate.gain_examples
     personal = row_format(config.evaluate.personal)
     table = [
         Method("base", "base", "none", "nothing", FP16, 0),
-        Method("shared", "shared", "all", "nothing", FP16, k),
+        Method("shared", SHARED, "all", "nothing", FP16, k),
         Method("dense_lora", "fresh", "all", "rows", FP16, k),
         Method("dense_lora_full_rank", "fresh", "all", "rows", FP16, full),
         Method("dense_lora_compressed", "fresh", "all", "rows", personal, k),
-        Method("shared_tuned", "shared", "all", "rows", FP16, k),
-        Method("shared_tuned_compressed", "shared", "all", "rows", personal, k),
-        Method("shared_scales", "shared", "all", "scales", FP16, k),
-        Method("random_mask", "pool", "random", "nothing", FP16, k),
-        Method("random_mask_random_pool", "random_pool", "random", "nothing", FP16, k),
-        Method("other_mask", "pool", "other", "nothing", FP16, k),
-        Method("saliency_mask", "pool", "saliency", "nothing", FP16, k),
-        Method("dsa_t0", "pool", "gate", "nothing", FP16, k),
-        Method("dsa_t1", "pool", "gate", "scales", FP16, k),
-        Method("dsa_t2", "pool", "gate", "rows", personal, k),
+        Method("shared_tuned", SHARED, "all", "rows", FP16, k),
+        Method("shared_tuned_compressed", SHARED, "all", "rows", personal, k),
+        Method("shared_scales", SHARED, "all", "scales", FP16, k),
+        Method("random_mask", MAIN, "random", "nothing", FP16, k, windows),
+        Method("magnitude_mask", MAIN, "magnitude", "nothing", FP16, k, windows),
+        Method("saliency_mask", MAIN, "saliency", "nothing", FP16, k, windows),
+        Method("other_mask", MAIN, "other", "nothing", FP16, k, windows),
+        Method("type_mask", MAIN, "type", "nothing", FP16, k, windows),
+        Method("best_mask", MAIN, "best", "nothing", FP16, k, windows),
+        Method("dsa_t0", MAIN, "gate", "nothing", FP16, k, windows),
+        Method("dsa_t1", MAIN, "gate", "scales", FP16, k, windows),
+        Method("dsa_t2", MAIN, "gate", "rows", personal, k, windows),
         Method("ngram_cache", "base", "none", "nothing", FP16, 0, cache=True),
-        Method("dsa_t2_cache", "pool", "gate", "rows", personal, k, cache=True),
+        Method("dsa_t2_cache", MAIN, "gate", "rows", personal, k, windows, cache=True),
     ]
     return {method.name: method for method in table}
 
 
-def sources_of(methods: list[Method]) -> set[Source]:
-    """What must have been trained before these methods can be measured."""
-    return {method.source for method in methods}
+def sources_of(methods: Sequence[Method]) -> list[str]:
+    """What must have been trained before these methods can be measured, in their order; "base" and "fresh" need not."""
+    return list(dict.fromkeys(method.source for method in methods))
 
 
-def _compressed(name: str, known: dict[str, Method]) -> Method | None:
-    """`dsa_t2@ternary:0.2` or `dense_lora@int8`: a method with its difference written in another format."""
-    base_name, _, written = name.partition("@")
-    kind, _, top = written.partition(":")
-    method = known.get(base_name)
+def parsed_name(text: str) -> MethodName:
+    """The parts of a method's name; `str` puts them together again. Raises ConfigError where it is not written so."""
+    match = _WRITTEN.fullmatch(text)
+    pairs = match["options"].split(",") if match and match["options"] else []
+    options = {name.strip(): value.strip() for name, value in (pair.split("=") for pair in pairs)}
+    if match is None or len(options) < len(pairs):
+        raise ConfigError(
+            f"a method is written name[option=value,..]@format, each option once, got {text!r} in evaluate.methods; "
+            "for example dsa_t2[windows=4,budget=2]@int8"
+        )
+    return MethodName(match["base"], options, match["written"] or "")
+
+
+def _method(name: MethodName, known: Mapping[str, Method], federations: Mapping[str, RunConfig]) -> Method:
+    method = known.get(name.base)
     if method is None:
-        return None
+        raise ConfigError(f"unknown method {str(name)!r} in evaluate.methods; {suggest(name.base, known)}")
+    method = replace(method, name=str(name))
+    if name.options:
+        method = _with_options(method, name, federations)
+    if name.written:
+        method = replace(method, rows=_format(name))
+    policy = federations[method.source].gate.policy if method.source in federations else None
+    if method.mask in ("gate", "other") and policy != "gate":
+        raise ConfigError(
+            f"the method {method.name!r} takes a gate's masks, but gate.policy is {policy!r} in the federation "
+            f"{method.source!r}; set it to 'gate', name another pool or leave the method out"
+        )
+    return method
+
+
+def _with_options(method: Method, name: MethodName, federations: Mapping[str, RunConfig]) -> Method:
+    """The method as its options say. What they leave out is as in its federation."""
+    takes = _OPTIONS.get(method.mask, ())
+    for option in name.options:
+        if option not in takes:
+            raise ConfigError(
+                f"the method {name.base!r} has no option {option!r}, in {method.name!r}; {suggest(option, takes)}"
+            )
+    pool = name.options.get("pool", method.source)
+    if pool not in federations:
+        raise ConfigError(f"no federation is called {pool!r}, in {method.name!r}; {suggest(pool, federations)}")
+    gate, rank = federations[pool].gate, federations[pool].pool.rank
+    if "budget" in name.options and gate.distribution == "bernoulli":
+        raise ConfigError(
+            f"a Bernoulli gate has no budget to choose, in {method.name!r}: the federation {pool!r} has "
+            "gate.distribution = 'bernoulli'; leave the budget out, or set it to 'budget'"
+        )
+    budget = _number(name, "budget", gate.budget)
+    if budget > rank:
+        raise ConfigError(f"a budget is at most the pool's rank, {rank}, got {budget} in {method.name!r}; lower it")
+    return replace(method, source=pool, windows=_number(name, "windows", method.windows), budget=budget)
+
+
+def _number(name: MethodName, option: str, default: int) -> int:
+    text = name.options.get(option, str(default))
+    if not re.fullmatch(r"[1-9][0-9]*", text, re.ASCII):
+        raise ConfigError(f"{option} is a whole number from 1, got {text!r} in {str(name)!r}; for example {option}=4")
+    return int(text)
+
+
+def _format(name: MethodName) -> RowFormat:
+    kind, _, top = name.written.partition(":")
     try:
-        return replace(method, name=name, rows=RowFormat(kind, float(top) if top else 1.0))  # type: ignore[arg-type]
+        return RowFormat(kind, float(top) if top else 1.0)  # type: ignore[arg-type]
     except (ConfigError, ValueError) as error:
-        raise ConfigError(f"a format is written method@kind or method@ternary:share, got {name!r} ({error})") from error
+        raise ConfigError(
+            f"a format is written method@kind or method@ternary:share, got {str(name)!r} ({error})"
+        ) from error

@@ -20,8 +20,8 @@ from simulations.candidates import recorded_checkpoint
 from simulations.compute.worker import Worker
 from simulations.methods import known_methods
 from simulations.record import read_record
-from simulations.runs import MAIN
 from simulations.serve import Plan, Trained, payload, propose_masks, start_of, tune
+from simulations.variants import MAIN
 
 METHOD = "dsa_t2"
 
@@ -53,7 +53,8 @@ def personal_rows(run: Path, user_id: int) -> tuple[PooledModel, dict[str, Tenso
 
 def _tuned(worker: Worker, trained: Trained, plan: Plan, user_id: int) -> dict[str, Tensor]:
     ids = np.array([user_id], dtype=np.int64)
-    _, packed = propose_masks(worker, trained, ids)
+    choice = plan.method.choice
+    _, packed = propose_masks(worker, trained, ids, [choice] if choice else [])
     start = start_of(worker, trained, plan.method, ids, packed)
     kept, _ = payload(start, tune(worker, start, plan, ids), plan.method)
     rows = personalised(start.spec, start.rows, kept, plan.method.tuned)

@@ -16,12 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from federation.data.population import Population
 from federation.errors import RunError
 from federation.files import write_file
 from simulations.evaluate import Evaluation, MethodResult
-from simulations.populations.synthetic import f1
-from simulations.setup import Teacher
 from simulations.statistics import Floats, Groups, bootstrap, clustered_error
 
 RECORD_NAME = "record.json"
@@ -65,32 +62,19 @@ def paired(losses: Mapping[str, Floats], groups_u: Groups) -> list[dict[str, Any
     for a, b in combinations(losses, 2):
         difference_u = losses[b] - losses[a]
         interval = bootstrap(difference_u, groups_u)
-        entries.append(
-            {
-                "a": a,
-                "b": b,
-                "difference": interval.mean,
-                "se": clustered_error(difference_u, groups_u),
-                "low": interval.low,
-                "high": interval.high,
-            }
-        )
+        figures = {
+            "difference": interval.mean,
+            "se": clustered_error(difference_u, groups_u),
+            "low": interval.low,
+            "high": interval.high,
+        }
+        entries.append({"a": a, "b": b, **rounded(figures)})
     return entries
 
 
-def mask_quality(evaluation: Evaluation, population: Population) -> dict[str, dict[str, float]]:
-    """F1 of each rule's masks against the best ones, where they are known: of the user, and given its type."""
-    if not isinstance(population, Teacher):
-        return {}
-    best = {
-        "f1": population.best_mask(evaluation.user_ids),
-        "f1_of_type": population.state_best_mask(evaluation.user_ids),
-    }
-    proposed = {**evaluation.masks, "type": best["f1_of_type"]}
-    return {
-        rule: {name: float(f1(mask_ug, best_ug).mean()) for name, best_ug in best.items()}
-        for rule, mask_ug in proposed.items()
-    }
+def rounded(figures: Mapping[str, float]) -> dict[str, float]:
+    """To 6 digits after the point: records hold thousands."""
+    return {name: round(figure, 6) for name, figure in figures.items()}
 
 
 def users_table(evaluation: Evaluation) -> dict[str, Any]:
@@ -100,7 +84,7 @@ def users_table(evaluation: Evaluation) -> dict[str, Any]:
         "groups": evaluation.groups_u.tolist(),
         "loss": {r.method.name: np.round(r.loss_u, 6).tolist() for r in evaluation.results},
         "modules": list(evaluation.modules),
-        "units_in_use": evaluation.masks.get("gate", evaluation.masks["saliency"]).float().mean(0).tolist(),
+        "units_in_use": evaluation.masks[evaluation.usual].float().mean(0).tolist(),
     }
 
 

@@ -19,10 +19,10 @@ from federation.update import Values
 from server.checkpoint import checksum
 from server.checkpoint import rounds as checkpointed_rounds
 from simulations.audit import Audit, audit
-from simulations.cached import check_methods
 from simulations.compute.workers import Workers, on_device, start_workers
-from simulations.evaluate import Evaluation, evaluate, federated_users
+from simulations.evaluate import Evaluation, check_methods, evaluate, federated_users
 from simulations.federate import CHECKPOINTS_NAME, RoundReport, federate, last_checkpoint, read_history
+from simulations.mask_quality import mask_quality
 from simulations.methods import methods_of, sources_of
 from simulations.populations.text import prepare
 from simulations.pretrain import describe_base
@@ -31,19 +31,20 @@ from simulations.record import (
     RECORD_NAME,
     USERS_NAME,
     comparisons,
-    mask_quality,
     method_table,
     provenance,
     read_record,
+    rounded,
     users_table,
     write_json,
 )
 from simulations.serve import Trained
 from simulations.setup import first_pool, set_up, wrap
+from simulations.variants import MAIN as MAIN
+from simulations.variants import differing, federations_of
 
 CONFIG_NAME = "config.json"
 POPULATION_NAME = "population.json"
-MAIN = "pool"
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,17 @@ def run(config: RunConfig, out: Path, resume: bool = False, progress: Progress |
     """Runs a configuration in the folder `out`; with `resume`, continues what is there.
 
     Raises RunError when the folder holds a run and `resume` is off, when it holds another run's configuration, and
-    when it cannot be written; and when there is no device as asked for, before any work.
+    when it cannot be written; and when there is no device as asked for, before any work. ConfigError for a variant or
+    a method that cannot be.
     """
     config = on_device(config)
-    progress = progress or Silent()
+    progress, federations = progress or Silent(), _federations(config)
     if (out / CONFIG_NAME).exists() and not resume:
         raise RunError(f"{out} holds a run already; continue it with --resume, or give another --out")
     try:
         _claim(out, config)
-        record, evaluation = _train_and_serve(config, out.absolute(), resume, progress)  # workers may stand elsewhere
+        place = out.absolute()  # workers may stand elsewhere
+        record, evaluation = _train_and_serve(config, federations, place, resume, progress)
         write_json(out / RECORD_NAME, record)
         if evaluation is not None:
             write_json(out / USERS_NAME, users_table(evaluation))
@@ -80,28 +83,28 @@ def run(config: RunConfig, out: Path, resume: bool = False, progress: Progress |
 
 
 def _train_and_serve(
-    config: RunConfig, out: Path, resume: bool, progress: Progress
+    config: RunConfig, federations: Mapping[str, RunConfig], out: Path, resume: bool, progress: Progress
 ) -> tuple[dict[str, Any], Evaluation | None]:
-    federations = _federations(config)
     origin, started = provenance(), time.perf_counter()
     before = sum(line["seconds"] for name in federations for line in read_history(out / name))
     prepare_base(config, progress)
     population = make_population(config.population)
     model = wrap(config, population.base_model())
     if config.evaluate.methods:
-        check_methods(methods_of(config), population)
+        setups = {name: set_up(federation, model) for name, federation in federations.items()}
+        check_methods(methods_of(config), population, setups)
     _claim_population(out, population)
     workers = start_workers(config)
     try:
-        trained = {}
+        trained: dict[str, Values] = {}
         for name, federation in federations.items():
-            setup = set_up(federation, model, first_pool(federation, population))
+            setup = set_up(federation, model, first_pool(federation, population, trained.get(MAIN)))
             with _Observer(out, name, federation.federation.rounds, progress) as observer:
                 users = federated_users(population, federation)
                 state = federate(setup, workers, users, out / name, resume, observer)
             trained[name] = state.values
         evaluation = _evaluate(config, population, workers, federations, trained, progress)
-        audited = audit(set_up(config, model), workers, federated_users(population, config), out / MAIN)
+        audited = audit(set_up(federations[MAIN], model), workers, federated_users(population, config), out / MAIN)
     finally:
         workers.close()
     seconds = before + time.perf_counter() - started
@@ -144,12 +147,13 @@ def reevaluate(folder: Path, overrides: Sequence[str], progress: Progress | None
         if override.strip().startswith("evaluate.tuning_users"):
             raise ConfigError(f"who chooses rates was kept out of the federations, so {override!r} needs a new run")
     config = parse(RunConfig, overridden(read_record(folder)["config"], overrides))
-    for name in _federations(config):
-        done = last_checkpoint(folder / name).round_index if (folder / name).is_dir() else 0
-        if done < config.federation.rounds:
+    for name, federation in _federations(config).items():
+        rounds = federation.federation.rounds
+        done = last_checkpoint(folder / name).round_index if (folder / name).is_dir() else -1
+        if done < rounds:
             raise RunError(
-                f"the methods need all {config.federation.rounds} rounds of the federation {name!r}, "
-                f"{folder} has {done}; leave out the methods that need it, or simulate with them"
+                f"the methods need all {rounds} rounds of the federation {name!r}, "
+                f"{folder} has {max(0, done)}; leave out the methods that need it, or simulate with them"
             )
     return run(config, folder, resume=True, progress=progress)
 
@@ -169,24 +173,10 @@ def prepare_base(config: RunConfig, progress: Progress) -> None:
 
 
 def _federations(config: RunConfig) -> dict[str, RunConfig]:
-    """The federation of the pool, and those that the compared methods need: as many client visits each.
-
-    "shared" is one dense LoRA of rank k by FedAvg: a pool of k units that everyone uses.
-    """
-    sources = sources_of(methods_of(config)) if config.evaluate.methods else set()
-    federations = {MAIN: config}
-    if "shared" in sources:
-        federations["shared"] = config.model_copy(
-            update={
-                "pool": config.pool.model_copy(update={"rank": config.gate.budget, "start": "fresh"}),
-                "gate": config.gate.model_copy(update={"policy": "all"}),
-                "strategy": config.strategy.model_copy(update={"name": "fedavg", "options": {}}),
-            }
-        )
-    if "random_pool" in sources:
-        gate = config.gate.model_copy(update={"policy": "random"})
-        federations["random_pool"] = config.model_copy(update={"gate": gate})
-    return federations
+    """The main federation, and those that the compared methods name, in their order."""
+    federations = federations_of(config)
+    sources = sources_of(methods_of(config)) if config.evaluate.methods else []
+    return {name: federations[name] for name in dict.fromkeys([MAIN, *sources]) if name in federations}
 
 
 class _Observer:
@@ -239,6 +229,7 @@ def _record(
     origin: Mapping[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
+    federations = _federations(config)
     record: dict[str, Any] = {
         "kind": config.kind,
         "name": config.name,
@@ -249,6 +240,9 @@ def _record(
         "base": describe_base(population.base_model()),
         "splits": {split: len(population.users(split)) for split in ("train", "new")},
         "seconds": round(seconds, 1),
+        "variants": {
+            name: differing(federations[MAIN], federation) for name, federation in federations.items() if name != MAIN
+        },
         **_trained(config, out, audited),
     }
     if evaluation is not None:
@@ -261,14 +255,14 @@ def _record(
 
 
 def _trained(config: RunConfig, out: Path, audited: Audit) -> dict[str, Any]:
-    """What the federations took and left: speed, users and history are those of the pool's."""
-    rounds, visits = read_history(out / MAIN), audited.visits
-    every_round = [line for name in _federations(config) for line in read_history(out / name)]
-    users, seconds = (sum(line[key] for line in rounds) for key in ("users", "seconds"))
+    """What the federations took and left: speed, users and history are the main one's, variants have their own."""
+    histories = {name: read_history(out / name) for name in _federations(config)}
+    rounds, visits = histories[MAIN], audited.visits
+    every_round = [line for lines in histories.values() for line in lines]
     return {
         "rounds": config.federation.rounds,
         "users": visits.users,
-        "users_per_second": round(users / seconds, 1) if rounds else None,
+        "users_per_second": _speed(rounds),
         "peak_mib": _most(line["private_mib"] for line in every_round),
         "object_store_mib": _most(line["object_store_mib"] for line in every_round),
         "bytes_per_user": round(audited.bytes_per_user, 1),
@@ -280,8 +274,23 @@ def _trained(config: RunConfig, out: Path, audited: Audit) -> dict[str, Any]:
         and not any(line["halved_blocks"] or line["rebuilt"] for line in every_round),
         "checksum": checksum(last_checkpoint(out / MAIN)),
         "users_checksum": visits.checksum,
-        "history": [{"round": line["round_index"], **line["metrics"]} for line in rounds],
+        "history": _metrics(rounds),
+        "federations": {
+            name: {"history": _metrics(lines), "users_per_second": _speed(lines)}
+            for name, lines in histories.items()
+            if name != MAIN
+        },
     }
+
+
+def _metrics(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    return [{"round": line["round_index"], **rounded(line["metrics"])} for line in rounds]
+
+
+def _speed(rounds: Sequence[Mapping[str, Any]]) -> float | None:
+    """Users per second; None without a round."""
+    users, seconds = (sum(line[key] for line in rounds) for key in ("users", "seconds"))
+    return round(users / seconds, 1) if rounds else None
 
 
 def _most(measured: Iterable[float | None]) -> float | None:

@@ -25,7 +25,7 @@ from client.personal import (
 )
 from federation import masks
 from federation.codec import personal_bytes
-from federation.config import RunConfig
+from federation.config import Policy, RunConfig
 from federation.devices import CPU, making_tensors_on, moved
 from federation.formats import quantise
 from federation.pool.spec import PoolSpec
@@ -33,14 +33,14 @@ from federation.streams import UserIds
 from federation.update import Values
 from simulations.cached import TargetFigures, target_figures
 from simulations.compute.worker import Worker
-from simulations.methods import Method
+from simulations.methods import Choice, Method
 from simulations.setup import Setup
 from simulations.statistics import Floats
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What was trained before: for each source its configuration and its values."""
+    """What was trained before: the run's configuration, and for each federation its values and its configuration."""
 
     config: RunConfig
     values: Mapping[str, Values]
@@ -70,15 +70,23 @@ class Served:
     figures: TargetFigures | None = None
 
 
-def propose_masks(worker: Worker, trained: Trained, user_ids: UserIds) -> tuple[None, dict[str, Tensor]]:
-    """Each policy's masks of each user, from `evaluate.gain_examples` support examples, packed."""
-    setup, gain_examples = worker.setup(trained.config), trained.config.evaluate.gain_examples
-    proposals = proposed_masks(setup, trained.values["pool"], worker, user_ids, gain_examples)
-    return None, {name: masks.pack(mask) for name, mask in proposals.items()}
+def propose_masks(
+    worker: Worker, trained: Trained, user_ids: UserIds, choices: Sequence[Choice]
+) -> tuple[None, dict[Choice, Tensor]]:
+    """The users' masks by each choice of a policy, packed. Policies that see the same are asked together."""
+    proposals: dict[Choice, Mapping[Policy, Tensor]] = {}
+    packed = {}
+    for choice in choices:
+        seen = replace(choice, rule="random")
+        if seen not in proposals:
+            setup, values = worker.setup(trained.configs.get(choice.pool, trained.config)), trained.values[choice.pool]
+            proposals[seen] = proposed_masks(setup, values, worker, user_ids, choice.windows, choice.budget)
+        packed[choice] = masks.pack(proposals[seen][choice.rule])  # type: ignore[index]  # other rules are not asked
+    return None, packed
 
 
 def serve_block(
-    worker: Worker, trained: Trained, user_ids: UserIds, packed: Mapping[str, Tensor], plans: Sequence[Plan]
+    worker: Worker, trained: Trained, user_ids: UserIds, packed: Mapping[Choice, Tensor], plans: Sequence[Plan]
 ) -> tuple[None, dict[Plan, Served]]:
     """Every plan's result on the users' test part. Plans that differ only in the format share their tuning."""
     test = worker.batch(user_ids, "test", None, worker.setup(trained.config).streams)
@@ -117,18 +125,18 @@ class Start(ActiveRows):
 
 
 def start_of(
-    worker: Worker, trained: Trained, method: Method, user_ids: UserIds, packed: Mapping[str, Tensor]
+    worker: Worker, trained: Trained, method: Method, user_ids: UserIds, packed: Mapping[Choice, Tensor]
 ) -> Start:
     """The rows that the method's mask picks from its source. The base has none: all are padding."""
     setup = worker.setup(trained.configs.get(method.source, trained.config))
     users, spec = len(user_ids), setup.model.spec
-    if method.mask == "all":
-        spec = replace(spec, rank=method.rank)
+    if method.choice is not None:
+        mask_ug = masks.unpack(packed[method.choice], spec.units)
+    elif method.mask == "all":
+        spec = replace(spec, rank=method.budget)
         mask_ug = torch.ones(users, spec.units, dtype=torch.bool)
-    elif method.mask == "none":
-        mask_ug = torch.zeros(users, spec.units, dtype=torch.bool)
     else:
-        mask_ug = masks.unpack(packed[method.mask], spec.units)
+        mask_ug = torch.zeros(users, spec.units, dtype=torch.bool)
     fresh = method.source in ("fresh", "base")
     values = fresh_values(worker, setup, spec) if fresh else trained.values[method.source]
     active = active_rows(values, spec, mask_ug)

@@ -15,6 +15,7 @@ from federation.config import RunConfig
 from federation.data.population import Population
 from federation.errors import ConfigError
 from federation.pool.model import PooledModel
+from federation.pool.spec import SECTION_PREFIX
 from federation.state import initial_values
 from federation.streams import UserIds
 from federation.update import Values
@@ -29,12 +30,20 @@ class Teacher(Protocol):
         """The rows of a pool that every user's best mask picks from."""
         ...
 
+    def type_of(self, user_ids: UserIds) -> UserIds:
+        """(U,) int64: the latent type of each user."""
+        ...
+
     def best_mask(self, user_ids: UserIds) -> Tensor:
         """(U, G) bool: the best mask of each user."""
         ...
 
     def state_best_mask(self, user_ids: UserIds) -> Tensor:
         """(U, G) bool: the best guess from what a user's type says."""
+        ...
+
+    def expected_loss(self, user_ids: UserIds, mask_ug: Tensor) -> Tensor:
+        """(U,): the loss to expect of each user's examples with a mask (U, G) over the teacher's rows."""
         ...
 
 
@@ -65,10 +74,17 @@ def set_up(config: RunConfig, model: PooledModel, first_pool: Values | None = No
     return Setup(config, model.of_rank(config.pool.rank), first_pool or {})
 
 
-def first_pool(config: RunConfig, population: Population) -> Values:
-    """The rows that `pool.start` asks for, none for fresh ones. Raises ConfigError without a teacher to take from."""
+def first_pool(config: RunConfig, population: Population, trained: Values | None = None) -> Values:
+    """The rows that `pool.start` asks for, none for fresh ones. trained: the values of the run's main federation.
+
+    Raises ConfigError where there is no teacher, or no trained pool, to take from.
+    """
     if config.pool.start == "fresh":
         return {}
+    if config.pool.start == "trained":
+        if trained is None:
+            raise ConfigError("pool.start = 'trained' is for variants of a run, which has a trained pool; set 'fresh'")
+        return {name: rows for name, rows in trained.items() if name.startswith(SECTION_PREFIX)}
     if not isinstance(population, Teacher):
         raise ConfigError(
             f"pool.start = 'teacher' needs a population with known best rows, {population.name!r} has none; drop it"

@@ -19,6 +19,7 @@ from federation.config import FREE_SETTINGS, RunConfig, load_config, parse
 from federation.errors import ConfigError, RunError
 from simulations.comparison import MeasuredRun, Setting, compare
 from simulations.compute.workers import on_device
+from simulations.methods import methods_of
 from simulations.progress import Progress
 from simulations.record import RECORD_NAME, USERS_NAME, paired, provenance, read_record, write_json
 from simulations.runs import CONFIG_NAME, run
@@ -61,6 +62,7 @@ def plan(experiments: Sequence[Path], seeds: int, overrides: Sequence[str], grid
             variant = _file_name("-".join((config.name, *point)))
             if not config.evaluate.methods:
                 raise ConfigError(f"a sweep compares methods, {variant!r} has none; set evaluate.methods")
+            methods_of(config)  # refuses what cannot be run
             trials.append(Trial(_file_name(config.name), variant, config))
     names = [trial.name for trial in trials]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -135,11 +137,28 @@ def _summary(trials: Sequence[Trial], out: Path) -> dict[str, Any]:
 
 
 def _axis(text: str) -> list[str]:
-    """`key=v1,v2` as its overrides; a comma inside brackets is part of a value."""
+    """`key=v1,v2` as its overrides; a comma inside brackets or quotes is part of a value."""
     key, equals, values = text.partition("=")
     if not equals:
         raise ConfigError(f"an axis of the grid is key=v1,v2, got {text!r}; for example gate.budget=4,8")
-    return [f"{key.strip()}={value.strip()}" for value in re.split(r",(?![^\[]*\])", values)]
+    return [f"{key.strip()}={value.strip()}" for value in _split(values)]
+
+
+def _split(text: str) -> list[str]:
+    """The parts between commas that are within no brackets and no quotes."""
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if letter == "," and not depth and not quote:
+            parts.append("")
+            continue
+        parts[-1] += letter
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        else:
+            depth += (letter in "[{") - (letter in "]}")
+    return parts
 
 
 def _file_name(text: str) -> str:

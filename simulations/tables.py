@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -32,9 +33,11 @@ EXPLANATIONS = {
     "shared_tuned_compressed": "the same, its difference through dsa_t2's codec",
     "shared_scales": "the shared LoRA, one tuned scale for each row",
     "random_mask": "units drawn at random, nothing tuned",
-    "random_mask_random_pool": "the same on a pool trained with random masks",
-    "other_mask": "the units the gate chose for someone else",
+    "magnitude_mask": "the strongest units, the same for everyone",
     "saliency_mask": "the units of the largest first-order gain",
+    "other_mask": "the units the gate chose for someone else",
+    "type_mask": "the best units for the user's type, as the population knows them",
+    "best_mask": "the user's best units, as the population knows them",
     "dsa_t0": "the units the gate chose, nothing tuned",
     "dsa_t1": "the gate's units, one tuned scale for each",
     "dsa_t2": "the gate's units, their rows tuned for the user",
@@ -126,17 +129,19 @@ def has_cache(name: str) -> bool:
 
 
 def base_name(name: str) -> str:
-    """`dsa_t2` of `dsa_t2@ternary:0.2`."""
-    return name.partition("@")[0]
+    """`dsa_t2` of `dsa_t2[windows=4]@ternary:0.2`."""
+    return re.split(r"[\[@]", name, maxsplit=1)[0]
 
 
 def explain(name: str) -> str:
-    """A method in plain words, with its format if it names one; empty for a name of another version."""
-    base, _, written = name.partition("@")
-    if base not in EXPLANATIONS or not written:
+    """A method in plain words, with its options and format if it names any; empty for a name of another version."""
+    base, (named, _, written) = base_name(name), name.partition("@")
+    if base == name or base not in EXPLANATIONS:
         return EXPLANATIONS.get(base, "")
+    options = named[len(base) :].strip("[]").replace("=", " ").replace(",", ", ")
     kind, _, share = written.partition(":")
-    return f"{base}, written in {kind}" + (f", the largest {percent(float(share))}" if share else "")
+    formatted = f"written in {kind}" + (f", the largest {percent(float(share))}" if share else "")
+    return ", ".join((base, *([options] if options else []), *([formatted] if kind else [])))
 
 
 def unit_of(record: Record) -> str:

@@ -67,7 +67,8 @@ def _built_in(config: RunConfig) -> dict[str, dict[str, Any]]:
 def _check(name: str, settings: Mapping[str, Any]) -> None:
     if name in _TAKEN or not re.fullmatch(r"\w+", name):
         raise ConfigError(
-            f"a variant has a name of letters, digits and _ that is not one of {', '.join(_TAKEN)}, got {name!r}; rename it"
+            f"a variant has a name of letters, digits and _ that is none of {', '.join(_TAKEN)}, got {name!r}; "
+            "rename it"
         )
     if alien := [key for key in _OF_THE_RUN if key in settings]:
         raise ConfigError(
@@ -86,8 +87,7 @@ def _over(main: RunConfig, name: str, settings: Mapping[str, Any]) -> RunConfig:
     if other := [key for key in fixed if getattr(variant.pool, key) != getattr(main.pool, key)]:
         raise ConfigError(
             f"{' and '.join(f'pool.{key}' for key in other)} of the variant {name!r} must be the run's: "
-            "all federations share one model, and a pool that starts trained has the shape of the one it is taken from; "
-            "leave out what differs"
+            "all federations share one model, and a pool that starts trained is of the trained one's shape; drop it"
         )
     return variant
 
@@ -99,8 +99,7 @@ def _changed(settings: Settings, changes: Mapping[str, Any]) -> dict[str, Any]:
         data["options"] = {}
     for key, value in changes.items():
         own = getattr(settings, key, None)
-        nested = isinstance(own, Settings) and isinstance(value, Mapping)
-        data[key] = _changed(own, value) if nested else value
+        data[key] = _changed(own, value) if isinstance(own, Settings) and isinstance(value, Mapping) else value
     return data
 
 

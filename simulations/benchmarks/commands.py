@@ -138,6 +138,25 @@ def endurance(
     conclude(measure(rounds), out, "endurance")
 
 
+@bench.command()
+def gate(
+    run: Annotated[
+        Path | None, typer.Option(help="A finished run: estimators are compared on its pool and gate too.")
+    ] = None,
+    users: Annotated[int, typer.Option(min=1, help="In the block that is timed, and in each situation.")] = 32,
+    repetitions: Annotated[int, typer.Option(min=3, help="Timed rounds, of which the median counts.")] = 5,
+    draws: Annotated[int, typer.Option(min=2, help="Estimates of the same gradient.")] = 200,
+    seeds: Annotated[int, typer.Option(min=1, help="Synthetic teachers of each kind.")] = 3,
+    out: Out = None,
+) -> None:
+    """The gate's share of a round, and the variance of its estimators. Prints one JSON line."""
+    from simulations.benchmarks.gate import measure
+    from simulations.benchmarks.situations import finished, synthetic_ones
+
+    situations = [*synthetic_ones(users, seeds), *([finished(run, users)] if run else [])]
+    conclude(measure(users, repetitions, situations, draws), out, "gate")
+
+
 class Result(Protocol):
     """What was measured. line: what the command prints. details: what else its record holds."""
 

@@ -74,6 +74,16 @@ FIGURES: Mapping[str, Mapping[str, str]] = {
         "gain": "gain over the frozen model, nats per token",
         "difference": "loss beyond the undisturbed run's: mean, standard error",
     },
+    "gate": {
+        "estimator": "default estimator",
+        "samples": "masks per user",
+        "gate_share": "the gate's share of a round",
+        "choice_share": "of it: to choose masks",
+        "estimate_share": "of it: to learn",
+        "gate_share_by_estimator": "the gate's share with",
+        "variance_ratio": "variance over that of two-sample leave-one-out, at equal evaluations, worst situation",
+        "variance_ratio_by_situation": "in the situation",
+    },
     "run": {
         "users": "users with a stored state",
         "seconds": "seconds",

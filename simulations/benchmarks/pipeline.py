@@ -21,7 +21,6 @@ from types import CodeType
 from typing import Any
 
 import numpy as np
-import torch
 
 from client.adapt import sgd, unit_gains
 from client.policies import random_masks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ SCHEMA = Schema({LOAD_SECTION: SectionSpec(rows=1, factors={"units": UNITS}, max
 
 
 def load_of(*loads: float) -> Values:
-    return {LOAD_SECTION: torch.tensor([loads])}
+    return {LOAD_SECTION: torch.tensor([loads], dtype=torch.float32)}
 
 
 def health(loads_before: Sequence[float], loads_after: Sequence[float]) -> tuple[float, float]:
@@ -56,7 +57,8 @@ def test_how_much_is_chosen_in_all_does_not_count(factor: float) -> None:
     generator = torch.Generator().manual_seed(0)
     before, after = (torch.rand(1, UNITS, generator=generator) ** 6 for _ in range(2))
     plain = gate_health({LOAD_SECTION: before}, {LOAD_SECTION: after})
-    assert 0 < plain["unused_share"] < 1 and plain["revived"] > 0
+    assert 0 < plain["unused_share"] < 1
+    assert plain["revived"] > 0
     assert gate_health({LOAD_SECTION: factor * before}, {LOAD_SECTION: factor * after}) == plain
 
 
@@ -108,7 +110,7 @@ def test_a_load_that_collapses_and_recovers_is_seen_to_do_so() -> None:
     sound, fallen = 30, 60
     masks = [spread(r) for r in range(sound)] + [few] * fallen + [spread(100 + r) for r in range(30)]
     loads = rounds_of(masks)
-    found = [gate_health(before, after) for before, after in zip(loads, loads[1:])]
+    found = [gate_health(before, after) for before, after in pairwise(loads)]
     shares = [round_health["unused_share"] for round_health in found]
     revived = [round_health["revived"] for round_health in found]
     assert max(shares[5:sound]) == 0

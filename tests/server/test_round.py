@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -13,78 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from federation.config import RunConfig, load_config
-from federation.errors import CheckpointError, ConfigError, PluginError
-from federation.state import LOAD_SECTION, PRICE_SECTION
-from federation.update import Schema, Section, SectionSpec, UpdateBlock
-from server.checkpoint import Checkpoint, load, save
-from server.round import (
-    Rules,
-    ServerState,
-    begin,
-    close,
-    from_checkpoint,
-    frozen_factors,
-    lift,
-    rules_of,
-    to_parts,
-)
+from federation.config import RunConfig
+from federation.errors import ConfigError, PluginError
+from federation.update import Schema, Section, UpdateBlock
+from server.checkpoint import load, save
+from server.round import ServerState, from_checkpoint, lift, rules_of, to_parts
 from strategies.protocol import State
+from tests.server.rounds import SCHEMA, first_state, one_round, rules, updates
 
-SCHEMA = Schema(
-    {
-        "pool/a": SectionSpec(rows=6, factors={"down": 2, "up": 3}, max_rows=3),
-        "pool/b": SectionSpec(rows=4, factors={"down": 3, "up": 1}, max_rows=3),
-        "gate": SectionSpec(rows=1, factors={"phi": 7}, max_rows=1),
-    }
-)
-TRACKED = Schema(
-    {
-        **SCHEMA.sections,
-        LOAD_SECTION: SectionSpec(rows=1, factors={"units": 10}, max_rows=1),
-        PRICE_SECTION: SectionSpec(rows=1, factors={"log": 1}, max_rows=1),
-    }
-)
-"""Of a gate whose price is steered."""
-STEERED = (
-    "gate.distribution=bernoulli",
-    "gate.reward.price=0.01",
-    "gate.reward.target=0.2",
-    "gate.reward.price_rate=0.5",
-)
 PLAIN_SGD = [
     "strategy.name=fedavg",
     *[f"{part}_optimizer.{key}" for part in ("pool", "gate") for key in ("name=sgd", "schedule=constant")],
     "pool_optimizer.learning_rate=1.0",
     "gate_optimizer.learning_rate=0.5",
 ]
-
-
-def rules(*overrides: str, schema: Schema = SCHEMA) -> Rules:
-    return rules_of(load_config(overrides=overrides), schema)
-
-
-def first_state(rules: Rules) -> ServerState:
-    generator = torch.Generator().manual_seed(1)
-    sections = rules.schema.sections.items()
-    return begin(rules, {name: torch.randn(spec.rows, spec.width, generator=generator) for name, spec in sections})
-
-
-def updates(users: int, seed: int, schema: Schema = SCHEMA) -> UpdateBlock:
-    generator = torch.Generator().manual_seed(seed)
-    sections = {}
-    for name, spec in schema.sections.items():
-        ids = torch.stack([torch.randperm(spec.rows, generator=generator)[: spec.max_rows] for _ in range(users)])
-        valid = torch.rand(ids.shape, generator=generator) < 0.7
-        sections[name] = Section(ids.int(), valid, torch.randn(*ids.shape, spec.width, generator=generator))
-    return UpdateBlock(sections, torch.ones(users), {}, 1, "v")
-
-
-def one_round(
-    state: ServerState, rules: Rules, blocks: Sequence[UpdateBlock], frozen: Sequence[str] = ()
-) -> ServerState:
-    partials = [lift(block, state.strategy, rules)[0] for block in blocks]
-    return close(state, reduce(rules.strategy.merge, partials), rules, frozen)
 
 
 def dense(block: UpdateBlock, name: str, u: int) -> Tensor:
@@ -138,96 +78,6 @@ def test_the_rate_falls_as_a_cosine_over_the_configured_rounds() -> None:
         expected = state.values["pool/a"] + rate * dense(block, "pool/a", 0)
         torch.testing.assert_close(after.values["pool/a"], expected, rtol=1e-5, atol=1e-6)
         state = after
-
-
-# -------------------------------------------------------------------------------- load and price
-
-
-def only(block: UpdateBlock, *kept: str) -> UpdateBlock:
-    """The block with padding in all sections but those of these prefixes."""
-    sections = {
-        name: section if name.split("/")[0] in kept else replace(section, valid_uk=torch.zeros_like(section.valid_uk))
-        for name, section in block.sections.items()
-    }
-    return replace(block, sections=sections)
-
-
-@pytest.mark.parametrize("round_index", [1, 100])
-def test_load_and_price_move_by_their_mean_at_rates_of_their_own_in_every_round(round_index: int) -> None:
-    setup = rules("strategy.name=fedavg", *STEERED, schema=TRACKED)
-    state, block = first_state(setup), updates(5, 3, TRACKED)
-    state = replace(
-        state,
-        optimizers={prefix: {**o, "round": torch.tensor(round_index - 1)} for prefix, o in state.optimizers.items()},
-    )
-    after = one_round(state, setup, [block])
-    for name, rate, bound in ((LOAD_SECTION, 0.1, math.sqrt(10)), (PRICE_SECTION, 0.5, 1 / 0.2)):
-        sent = block.sections[name]
-        mean = torch.zeros_like(state.values[name])
-        for u in range(5):
-            row = sent.rows_ukw[u, 0] * float(sent.valid_uk[u, 0])
-            mean += row * min(1.0, bound / max(float(row.norm()), 1e-30)) / 5
-        torch.testing.assert_close(after.values[name], state.values[name] + rate * mean, rtol=1e-5, atol=1e-6)
-
-
-def test_honest_users_are_never_clipped_and_others_are() -> None:
-    limits = rules(*STEERED, schema=TRACKED).limits.max_norm
-    masks = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 10)
-    for shares in (torch.zeros(10), torch.full((10,), 0.2), torch.ones(10)):
-        assert (masks - shares).norm(dim=1).max() <= limits[LOAD_SECTION] * (1 + 1e-6)
-    for active in range(11):
-        assert abs(active / 10 - 0.2) / 0.2 <= limits[PRICE_SECTION]
-    setup = rules("strategy.name=fedavg", *STEERED, schema=TRACKED)
-    state, block = first_state(setup), only(updates(1, 3, TRACKED), LOAD_SECTION, PRICE_SECTION)
-    loud = {
-        name: replace(
-            section,
-            valid_uk=section.valid_uk | (name in (LOAD_SECTION, PRICE_SECTION)),
-            rows_ukw=torch.full_like(section.rows_ukw, 100.0),
-        )
-        for name, section in block.sections.items()
-    }
-    after = one_round(state, setup, [replace(block, sections=loud)])
-    moved = {name: float((after.values[name] - state.values[name]).norm()) for name in TRACKED.sections}
-    assert moved[LOAD_SECTION] == pytest.approx(0.1 * math.sqrt(10), rel=1e-5)
-    assert moved[PRICE_SECTION] == pytest.approx(0.5 / 0.2, rel=1e-5)
-
-
-@pytest.mark.parametrize("strategy", ["fedavg", "masked_mean"])
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
-@pytest.mark.parametrize("kept", ["pool", "gate", LOAD_SECTION, PRICE_SECTION, "nothing"])
-def test_a_section_of_padding_alone_does_not_move_though_it_has_momentum(
-    strategy: str, optimizer: str, kept: str
-) -> None:
-    """As in a round in which the pool rests, the gate does not learn, or the price is left alone."""
-    names = [f"{part}_optimizer.name={optimizer}" for part in ("pool", "gate")]
-    setup = rules(f"strategy.name={strategy}", *names, *STEERED, schema=TRACKED)
-    state = one_round(first_state(setup), setup, [updates(6, 3, TRACKED)])
-    after = one_round(state, setup, [only(updates(6, 4, TRACKED), kept)])
-    for name in TRACKED.sections:
-        assert torch.equal(after.values[name], state.values[name]) == (name.split("/")[0] != kept), name
-    for prefix, moments in state.optimizers.items():
-        for name, tensor in moments.items():
-            if prefix != kept and name != "round":
-                assert torch.equal(after.optimizers[prefix][name], tensor), name
-
-
-def test_sections_that_the_schema_lacks_have_no_rules() -> None:
-    assert set(rules().optimizers) == set(rules().limits.max_norm) == {"pool", "gate"}
-    without_price = Schema({name: spec for name, spec in TRACKED.sections.items() if name != PRICE_SECTION})
-    assert set(rules(schema=without_price).optimizers) == {"pool", "gate", "load"}
-    assert set(rules(schema=without_price).limits.max_norm) == {"pool", "gate", "load"}
-
-
-def test_where_the_pool_rests_none_of_it_moves_whatever_is_sent() -> None:
-    config = load_config(overrides=["gate.warmup=2", "gate.every=2", "gate.schedule=alternate", "local.train=up"])
-    frozen = [frozen_factors(config, round_index) for round_index in range(1, 7)]
-    assert frozen == [{"down"}, {"down"}, {"down", "up"}, {"down"}, {"down", "up"}, {"down"}]
-    setup = rules_of(config, TRACKED)
-    state = one_round(first_state(setup), setup, [updates(6, 3, TRACKED)])
-    after = one_round(state, setup, [updates(6, 4, TRACKED)], frozen=sorted(frozen[2]))
-    for name in TRACKED.sections:
-        assert torch.equal(after.values[name], state.values[name]) == name.startswith("pool/"), name
 
 
 # -------------------------------------------------------------------------------- laws
@@ -331,27 +181,6 @@ def test_a_state_that_went_through_a_checkpoint_goes_on_with_the_same_bits(optim
         state = one_round(state, setup, [updates(4, seed)])
         restored = one_round(restored, setup, [updates(4, seed)])
     assert_equal(restored, state)
-
-
-@pytest.mark.parametrize("lacking", ["values/load", "values/price", "optimizer-load", "optimizer-price", "strategy"])
-def test_a_checkpoint_of_an_older_version_is_refused_with_what_to_do(lacking: str) -> None:
-    setup = rules(*STEERED, schema=TRACKED)
-    parts = {part: dict(tensors) for part, tensors in to_parts(first_state(setup)).items()}
-    part, _, name = lacking.partition("/")
-    if name:
-        del parts[part][name]
-    else:
-        del parts[part]
-    with pytest.raises(CheckpointError, match=rf"of round 3 lacks {lacking}, .* older version .*: begin a new run"):
-        from_checkpoint(Checkpoint(3, parts, {}), setup)
-
-
-def test_a_checkpoint_of_another_gate_is_refused() -> None:
-    setup = rules()
-    parts = to_parts(first_state(setup))
-    other = {**parts, "values": {**parts["values"], "gate": torch.zeros(1, 6)}}
-    with pytest.raises(CheckpointError, match=r"lacks values/gate, or has it in another shape"):
-        from_checkpoint(Checkpoint(3, other, {}), setup)
 
 
 class Remembering:

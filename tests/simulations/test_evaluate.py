@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import Mock
@@ -28,7 +28,7 @@ from federation.update import Schema, Section, SectionSpec
 from simulations.compute.worker import Worker
 from simulations.compute.workers import InProcess
 from simulations.evaluate import Evaluation, MethodResult, evaluate, evaluated_users, federated_users, plans_of
-from simulations.methods import Method, known_methods
+from simulations.methods import Choice, Method, known_methods, methods_of
 from simulations.populations.synthetic import SyntheticPopulation
 from simulations.progress import Silent, Stage
 from simulations.record import method_table
@@ -48,7 +48,7 @@ from tests.simulations.tiny import tiny_config
 
 METHODS = (
     "shared", "dense_lora", "dense_lora_full_rank", "shared_tuned", "random_mask", "other_mask", "saliency_mask",
-    "dsa_t0", "dsa_t1", "dsa_t2", "dsa_t2@int8", "dsa_t2@ternary:0.2",
+    "magnitude_mask", "dsa_t0", "dsa_t1", "dsa_t2", "dsa_t2@int8", "dsa_t2@ternary:0.2",
 )  # fmt: skip
 IDS = np.array([61, 64, 70, 77, 79])
 PLAN = {"learning_rate": 0.05, "steps": 4}
@@ -77,7 +77,7 @@ class House:
 
     worker: Worker
     trained: Trained
-    packed: Mapping[str, Tensor]
+    packed: Mapping[Choice, Tensor]
 
     @property
     def setup(self) -> Setup:
@@ -86,15 +86,28 @@ class House:
     def method(self, name: str) -> Method:
         return known_methods(self.trained.config)[name]
 
+    def choice(self, name: str) -> Choice:
+        choice = self.method(name).choice
+        assert choice is not None
+        return choice
+
     def start(self, method: Method) -> Start:
         return start_of(self.worker, self.trained, method, IDS, self.packed)
+
+
+def proposed_by(config: RunConfig) -> list[Choice]:
+    """The choices of policies that METHODS make."""
+    found = [method.choice for method in methods_of(config)]
+    return list({choice: None for choice in found if choice is not None and choice.rule != "other"})
 
 
 @pytest.fixture(scope="module")
 def house() -> House:
     trained = trained_of(config_of())
     worker = Worker(trained.config)
-    _, packed = propose_masks(worker, trained, IDS)
+    _, packed = propose_masks(worker, trained, IDS, proposed_by(trained.config))
+    other = {replace(choice, rule="other"): mask for choice, mask in packed.items() if choice.rule == "gate"}
+    packed |= {choice: mask.roll(len(IDS) // 2, 0) for choice, mask in other.items()}
     return House(worker, trained, packed)
 
 
@@ -127,13 +140,13 @@ def plain_bits(house: House, u: int, rows: Mapping[str, Tensor]) -> float:
     return float(base.loss(base.module, test.inputs[u], test.targets[u]).mean().detach()) / math.log(2.0)
 
 
-def rows_of(house: House, values: str, u: int, kind: str | None) -> dict[str, Tensor]:
-    """The rows of a source by module's name: all, or those of user u's mask of a kind."""
+def rows_of(house: House, values: str, u: int, method: str | None) -> dict[str, Tensor]:
+    """The rows of a source by module's name: all, or those of user u's mask by a method."""
     spec = house.setup.model.spec
     source = house.trained.values[values]
-    if kind is None:
+    if method is None:
         return {m.name: source[m.section] for m in spec.modules}
-    mask = masks.unpack(house.packed[kind][u], spec.units).view(-1, spec.rank)
+    mask = masks.unpack(house.packed[house.choice(method)][u], spec.units).view(-1, spec.rank)
     return {m.name: source[m.section][mask[j]] for j, m in enumerate(spec.modules)}
 
 
@@ -144,19 +157,19 @@ def serve(house: House, method: Method) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "source", "kind"),
+    ("name", "source"),
     [
-        ("shared", "shared", None),
-        ("dsa_t0", "pool", "gate"),
-        ("saliency_mask", "pool", "saliency"),
-        ("random_mask", "pool", "random"),
+        ("shared", "shared"),
+        ("dsa_t0", "pool"),
+        ("other_mask", "pool"),
+        ("saliency_mask", "pool"),
+        ("magnitude_mask", "pool"),
+        ("random_mask", "pool"),
     ],
 )
-def test_a_method_without_tuning_is_its_rows_in_a_plain_model(
-    house: House, name: str, source: str, kind: str | None
-) -> None:
-    served = serve(house, house.method(name))
-    expected = [plain_bits(house, u, rows_of(house, source, u, kind)) for u in range(len(IDS))]
+def test_a_method_without_tuning_is_its_rows_in_a_plain_model(house: House, name: str, source: str) -> None:
+    served, chosen = serve(house, house.method(name)), name if source == "pool" else None
+    expected = [plain_bits(house, u, rows_of(house, source, u, chosen)) for u in range(len(IDS))]
     np.testing.assert_allclose(served.loss_u, expected, rtol=1e-5)
     assert np.ptp(expected) > 0
 
@@ -200,9 +213,9 @@ def plain_tuning(house: House, u: int, start: dict[str, Tensor], scales_only: bo
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("dense_lora", None), ("shared_tuned", None), ("dsa_t2", "gate"), ("dsa_t1", "gate")]
+    ("name", "chosen"), [("dense_lora", None), ("shared_tuned", None), ("dsa_t2", "dsa_t2"), ("dsa_t1", "dsa_t1")]
 )
-def test_tuning_is_torchs_adam_user_by_user(house: House, name: str, kind: str | None) -> None:
+def test_tuning_is_torchs_adam_user_by_user(house: House, name: str, chosen: str | None) -> None:
     method = house.method(name)
     start = house.start(method)
     found = tune(house.worker, start, Plan(method, **PLAN), IDS)  # type: ignore[arg-type]
@@ -212,7 +225,7 @@ def test_tuning_is_torchs_adam_user_by_user(house: House, name: str, kind: str |
             rows = {m.name: fresh[m.section] for m in start.spec.modules}
             assert all(not row[:, m.d_in :].any() for row, m in zip(rows.values(), start.spec.modules))
         else:
-            rows = rows_of(house, method.source, u, kind)
+            rows = rows_of(house, method.source, u, chosen)
         plain = plain_tuning(house, u, rows, method.tuned == "scales")
         for m, expected in zip(start.spec.modules, plain, strict=True):
             # Adam divides by sqrt(v): where a gradient is nearly zero, rounding errors are as large as steps.
@@ -267,7 +280,7 @@ def test_masks_of_different_sizes_are_served_alike(house: House) -> None:
     """Bernoulli masks: users whose masks are padded equal those users alone."""
     units = torch.rand(len(IDS), house.setup.model.spec.units, generator=torch.Generator().manual_seed(0)) < 0.4
     method = house.method("dsa_t2")
-    sized = replace(house, packed={**house.packed, "gate": masks.pack(units)})
+    sized = replace(house, packed={**house.packed, house.choice("dsa_t2"): masks.pack(units)})
     together = serve(sized, method)
     for u in range(len(IDS)):
         plan = Plan(method, **PLAN)  # type: ignore[arg-type]
@@ -279,9 +292,11 @@ def test_masks_of_different_sizes_are_served_alike(house: House) -> None:
 
 
 def test_the_active_share_is_that_of_all_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    def propose(worker: Worker, trained: Trained, ids: UserIds) -> tuple[None, dict[str, Tensor]]:
+    def propose(
+        worker: Worker, trained: Trained, ids: UserIds, choices: Sequence[Choice]
+    ) -> tuple[None, dict[Choice, Tensor]]:
         chosen_ug = torch.arange(16) < torch.from_numpy(ids % 7 + 1)[:, None]
-        return None, {"gate": masks.pack(chosen_ug)}
+        return None, dict.fromkeys(choices, masks.pack(chosen_ug))
 
     monkeypatch.setattr(simulations.evaluate, "propose_masks", propose)
     found = evaluation_of(config_of("evaluate.methods=['dsa_t0']"))
@@ -332,7 +347,7 @@ def test_rates_and_steps_are_the_choice_of_training_users_alone() -> None:
 def test_the_choice_is_the_best_of_the_grid_on_training_users(evaluation: Evaluation, house: House) -> None:
     config = house.trained.config
     tuning_ids, _ = evaluated_users(house.worker.population, config)
-    _, packed = propose_masks(house.worker, house.trained, tuning_ids)
+    _, packed = propose_masks(house.worker, house.trained, tuning_ids, proposed_by(config))
     for result in evaluation.results:
         if result.method.mask in ("other", "none") or result.method.tuned == "nothing":
             continue
@@ -411,32 +426,35 @@ def test_the_mask_of_another_is_never_ones_own_and_everyones_is_given_once(
 ) -> None:
     """Here a user's mask spells its id."""
 
-    def propose(worker: Worker, trained: Trained, ids: UserIds) -> tuple[None, dict[str, Tensor]]:
-        return None, {"gate": torch.from_numpy(ids.astype("<u2").view(np.uint8).reshape(-1, 2).copy())}
+    def propose(
+        worker: Worker, trained: Trained, ids: UserIds, choices: Sequence[Choice]
+    ) -> tuple[None, dict[Choice, Tensor]]:
+        return None, dict.fromkeys(choices, torch.from_numpy(ids.astype("<u2").view(np.uint8).reshape(-1, 2).copy()))
 
     monkeypatch.setattr(simulations.evaluate, "propose_masks", propose)
-    found = evaluation_of(config_of("evaluate.methods=[]", f"evaluate.users={users}"))
-    spelled = masks.pack(found.masks["other"]).numpy().copy().view("<u2").ravel()
+    found = evaluation_of(config_of("evaluate.methods=['other_mask']", f"evaluate.users={users}"))
+    spelled = masks.pack(found.masks[replace(found.usual, rule="other")]).numpy().copy().view("<u2").ravel()
     assert sorted(spelled.tolist()) == sorted(found.user_ids.tolist())
     assert (spelled != found.user_ids).all()
 
 
 def test_the_gates_masks_keep_their_budget_and_are_not_saliencys(house: House) -> None:
     spec = house.setup.model.spec
-    unpacked = {name: masks.unpack(packed, spec.units) for name, packed in house.packed.items()}
-    assert set(unpacked) == {"gate", "saliency", "random"}
+    unpacked = {choice.rule: masks.unpack(packed, spec.units) for choice, packed in house.packed.items()}
+    assert set(unpacked) == {"gate", "other", "saliency", "magnitude", "random"}
     for mask_ug in unpacked.values():
         assert (mask_ug.view(len(IDS), -1, spec.rank).sum(2) == house.trained.config.gate.budget).all()
     assert not torch.equal(unpacked["gate"], unpacked["saliency"])
-    assert len({bytes(mask.tolist()) for mask in house.packed["random"]}) > 1
+    assert len({bytes(mask.tolist()) for mask in house.packed[house.choice("random_mask")]}) > 1
 
 
 def test_a_gate_that_has_learned_nothing_is_the_saliency_rule(house: House) -> None:
     first = house.setup.begin().values
     values = {**house.trained.values["pool"], GATE_SECTION: first[GATE_SECTION]}
     fresh = replace(house.trained, values={**house.trained.values, "pool": values})
-    _, packed = propose_masks(house.worker, fresh, IDS)
-    assert torch.equal(packed["gate"], packed["saliency"])
+    choices = [house.choice("dsa_t0"), house.choice("saliency_mask")]
+    _, packed = propose_masks(house.worker, fresh, IDS, choices)
+    assert torch.equal(packed[choices[0]], packed[choices[1]])
 
 
 def test_the_figures_of_a_row() -> None:
@@ -448,7 +466,8 @@ def test_the_figures_of_a_row() -> None:
         return MethodResult(method, 0.1, 5, loss_u, np.array([10.0, 20.0, 30.0, 40.0]), 0.25, 0.5)
 
     groups = np.array([0, 0, 1, 1])
-    entry = method_table(Evaluation(np.arange(4), groups, [result("base", base), result("x", loss)], {}, []))["x"]
+    rows, usual = [result("base", base), result("x", loss)], Choice("gate", "pool", 4, 2)
+    entry = method_table(Evaluation(np.arange(4), groups, rows, {}, usual, []))["x"]
     gains = sorted([1.0, -0.5, 3.0, 0.0])
     assert entry["mean"] == pytest.approx(sum(gains) / 4)
     assert entry["p10"] == pytest.approx(gains[0] + 0.3 * (gains[1] - gains[0]))

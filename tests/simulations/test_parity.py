@@ -95,9 +95,9 @@ def test_nodes_give_the_bits_of_a_simulation_with_their_blocks(tmp_path: Path) -
     assert all(torch.equal(state.values[name], expected.values[name]) for name in expected.values)
     assert state.version == expected.version
     assert [line.admitted for line in lines] == [15, 15, 15]
-    assert [set(line.metrics or ()) for line in lines] == [{"support_loss", "active_share"}] + [
-        {"support_loss", "active_share", "reward", "reward_spread"}
-    ] * 2
+    warming_up = {"support_loss", "active_share", "unused_share", "revived"}
+    learning = warming_up | {"gate_entropy", "reward", "reward_spread"}
+    assert [set(line.metrics or ()) for line in lines] == [warming_up, learning, learning]
 
 
 @pytest.mark.parametrize(("cohort", "block", "node_block"), [(15, 4, 5), (PARTIAL, 5, 5), (PARTIAL, 4, 2), (15, 15, 1)])

@@ -32,7 +32,7 @@ def test_every_method_is_a_point_or_a_level_line() -> None:
         ("dense_lora_full_rank", plots.DENSE),
         ("shared_tuned@int8", plots.SHARED),
         ("other_mask", plots.MASKS),
-        ("random_mask_random_pool", plots.MASKS),
+        ("random_mask[pool=random]", plots.MASKS),
         ("dsa_t2_cache", plots.CACHE),
         ("ngram_cache", plots.CACHE),
     ],

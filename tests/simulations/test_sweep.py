@@ -36,8 +36,17 @@ def test_a_grid_makes_every_combination_with_every_seed() -> None:
 
 
 def test_bare_words_of_a_grid_are_text() -> None:
-    trials = plan([TINY], 1, [], ["gate.policy=saliency,random"])
+    trials = plan([TINY], 1, ["evaluate.methods=['saliency_mask']"], ["gate.policy=saliency,random"])
     assert [trial.config.gate.policy for trial in trials] == ["saliency", "random"]
+
+
+def test_commas_in_brackets_and_quotes_are_part_of_a_value() -> None:
+    methods = [["dsa_t0[windows=4,budget=2]", "random_mask[pool=random]"], ["shared"]]
+    trials = plan(
+        [TINY], 1, [], [f"evaluate.methods={methods[0]}, {methods[1]}", "local={steps=1, examples=2},{steps=2}"]
+    )
+    assert [list(trial.config.evaluate.methods) for trial in trials] == [methods[0]] * 2 + [methods[1]] * 2
+    assert [trial.config.local.steps for trial in trials] == [1, 2] * 2
 
 
 @pytest.mark.parametrize(
@@ -50,6 +59,8 @@ def test_bare_words_of_a_grid_are_text() -> None:
         ([], ["gate.budget=2,99"], "cannot exceed pool.rank"),
         ([], ["gate.budget=2,2"], "has its own name"),
         (["evaluate.methods=[]"], [], "set evaluate.methods"),
+        (["variants.v.gate.smaples=2"], [], "in the variant 'v'.*did you mean 'samples'"),
+        (["evaluate.methods=['dsa_t0[pool=v]']"], [], "no federation is called 'v'"),
     ],
 )
 def test_a_sweep_that_cannot_work_is_refused_before_it_begins(overrides: list[str], grid: list[str], rule: str) -> None:
@@ -90,8 +101,8 @@ def test_the_summary_is_what_the_runs_say(swept: Path) -> None:
     assert set(pairs) == {("base", "dense_lora"), ("base", "dsa_t2"), ("dense_lora", "dsa_t2")}
     for (a, b), entry in pairs.items():
         difference_u = np.mean([np.subtract(loss[b], loss[a]) for loss in losses], axis=0)
-        assert entry["difference"] == pytest.approx(difference_u.mean())
-        assert entry["se"] == pytest.approx(difference_u.std(ddof=1) / np.sqrt(len(difference_u)))
+        assert entry["difference"] == pytest.approx(difference_u.mean(), abs=1e-6)
+        assert entry["se"] == pytest.approx(difference_u.std(ddof=1) / np.sqrt(len(difference_u)), abs=1e-6)
         assert entry["low"] < entry["difference"] < entry["high"]
 
 

@@ -83,6 +83,12 @@ def test_cells_are_those_counted_by_hand() -> None:
     assert set(rows["base"].cells[1:]) == {NOTHING}
 
 
+def test_options_and_formats_are_said_in_words() -> None:
+    assert explain("dsa_t2[pool=disarm,windows=4]") == "dsa_t2, pool disarm, windows 4"
+    assert explain("dsa_t2[budget=2]@ternary:0.2") == "dsa_t2, budget 2, written in ternary, the largest 20%"
+    assert explain("random_mask_of_old[pool=x]") == ""
+
+
 def test_a_dash_where_nothing_is_kept_or_tuned() -> None:
     for row in result_table(made_up_record()).rows:
         nothing_kept = row.name in ("base", "shared", "ngram_cache")

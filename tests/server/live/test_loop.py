@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from federation.errors import FedquiltWarning
 from federation.exchange import Answer, Contribution, Description, Letter, Refusal, Work
+from federation.update import Values
 from server.checkpoint import load_latest, rounds
 from server.live.loop import RoundLine
-from tests.server.admission.replies import SCHEMA
+from tests.server.admission.replies import SCHEMA, bits
 from tests.server.live.fake_nodes import FakeNode, FakeNodes, trained
 from tests.server.live.small_federation import (
     NODES,
@@ -77,7 +79,7 @@ def test_a_finished_round_is_a_line_of_history(tmp_path: Path) -> None:
     assert line["bytes_up"] > 3 * 11
     assert line["nodes_asked"] == line["nodes"] == 3
     assert line["seconds"] == pytest.approx(1.4, abs=0.5)  # the slowest node, to the next look
-    assert set(line["metrics"]) == {"active_share", "reward", "reward_spread", "support_loss"}
+    assert set(line["metrics"]) == {"active_share", "gate_entropy", "reward", "reward_spread", "support_loss"}
     assert line["suppressed"] == ""
     assert line["repeats"] == 0
 
@@ -103,6 +105,25 @@ def test_metrics_are_means_over_the_admitted_users(tmp_path: Path) -> None:
     work = Work("any", 1, 1, state.version)
     losses = [float(trained(u, work, state.values).metrics["support_loss"]) for u in cohort_of(config, 1)]
     assert history(tmp_path)[0]["metrics"]["support_loss"] == pytest.approx(sum(losses) / len(losses))
+
+
+def test_the_gates_health_is_a_part_of_the_metrics_and_a_collapse_is_warned_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Values, Values]] = []
+
+    def health(before: Values, after: Values) -> dict[str, float]:
+        seen.append((before, after))
+        return {"unused_share": 0.9, "revived": 2.0, "gate_entropy": 0.01}
+
+    monkeypatch.setattr("server.live.loop.gate_health", health)
+    with pytest.warns(FedquiltWarning, match="the gate collapses: in round 1 ") as caught:
+        state = run(fake_nodes(), tmp_path, live_config("federation.rounds=3"))
+    assert len([warning for warning in caught if issubclass(warning.category, FedquiltWarning)]) == 1
+    assert [line["metrics"]["unused_share"] for line in history(tmp_path)] == [0.9] * 3
+    assert {"revived", "support_loss"} < set(history(tmp_path)[0]["metrics"])
+    assert [bits(after) for _, after in seen[:-1]] == [bits(before) for before, _ in seen[1:]]
+    assert bits(seen[-1][1]) == bits(state.values)
 
 
 def test_of_fewer_than_three_users_no_metrics_are_written(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_the_other_device_refuses_what_lies_on_the_cpu() -> None:
     "overrides",
     [
         (),
-        ("gate.distribution=bernoulli", "gate.price=0.1", "gate.entropy=0.1"),
+        ("gate.distribution=bernoulli", "gate.reward.price=0.1", "gate.entropy=0.1"),
         ("gate.policy=saliency", "codec.rows=ternary", "codec.top=0.5"),
         ("gate.policy=random", "codec.rows=int8", "local.train=alternate"),
         ("strategy.name=fedavg", "limits.pool_norm=0.01"),
