@@ -89,9 +89,8 @@ def moved(embedding_ue: Tensor, gradient_ue: Tensor, gate: GateConfig) -> Tensor
 def rebuilt(reward: MaskReward, known: Known, estimator: Estimator, gate: GateConfig, draws: UserDraws) -> Known:
     """What is known of users whose embedding is not: it takes `gate.rebuild` steps along its policy gradient."""
     for step in range(gate.rebuild):
-        _, _, gradient_ue = estimate(
-            reward, propose(reward, known, gate), estimator, gate, replace(draws, streams=draws.streams.at("rebuild", step))
-        )
+        fresh = replace(draws, streams=draws.streams.at("rebuild", step))
+        _, _, gradient_ue = estimate(reward, propose(reward, known, gate), estimator, gate, fresh)
         known = replace(known, embedding_ue=moved(known.embedding_ue, gradient_ue, gate))
     return known
 

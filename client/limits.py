@@ -11,7 +11,7 @@ from federation.errors import NodeError
 class TaskLimits(Settings):
     """The most that a task may set, for each user that it works on."""
 
-    steps: PositiveInt = Field(1000, description="largest number of steps: local, personal, of a reward, of an embedding")
+    steps: PositiveInt = Field(1000, description="largest number of steps of any kind")
     examples: PositiveInt = Field(4096, description="largest number of examples, of a step or to measure gains on")
     samples: PositiveInt = Field(256, description="largest gate.samples")
 

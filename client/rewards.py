@@ -73,6 +73,6 @@ def unit_costs(spec: PoolSpec, reward: RewardConfig) -> Tensor:
     else:
         names = [m.name for m in spec.modules]
         if set(reward.cost) != set(names):
-            raise ConfigError(f"gate.reward.cost names each module once, got {sorted(reward.cost)}; the pool has {names}")
+            raise ConfigError(f"gate.reward.cost names every module, got {sorted(reward.cost)}; the pool has {names}")
         cost_j = torch.tensor([reward.cost[name] for name in names])
     return (cost_j / cost_j.mean()).repeat_interleave(spec.rank)

@@ -24,8 +24,8 @@ from client.personal import (
     personal_schema,
     personal_sections,
     personal_values,
-    task_masks,
     served_rows,
+    task_masks,
     tuning_of,
 )
 from client.personal_store import Kept

@@ -21,7 +21,7 @@ class BaseModel:
     loss(module, inputs (B, ...), targets (B, ...)) -> (B,), mean nats per target of each example.
     features(module, inputs (B, ...)) -> (B, feature_width), what the gate may know of an example.
     name: goes into records and checkpoints.
-    accuracy(module, inputs, targets) -> (B,), the share of each example's targets that are right, where that can be said.
+    accuracy(module, inputs, targets) -> (B,), the share of an example's targets that are right, where it can be said.
     """
 
     module: nn.Module
@@ -62,7 +62,8 @@ def causal_lm_loss(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor
 def causal_lm_accuracy(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Share of a window's next tokens that are the likeliest ones: (B, T) and (B, T) -> (B,)."""
     logits = module(input_ids=inputs, use_cache=False).logits
-    return (logits.argmax(2) == targets).float().mean(1)
+    right: Tensor = logits.argmax(2) == targets
+    return right.float().mean(1)
 
 
 def causal_lm_features(module: nn.Module, inputs: Tensor) -> Tensor:

@@ -106,6 +106,9 @@ class GateConfig(Settings):
     hidden: PositiveInt = Field(32, description="width of the gate's hidden layer")
     factors: PositiveInt = Field(16, description="width D of the unit factors e_g = a_j * b_r")
     initial_alpha: PositiveFloat = Field(4.0, description="initial weight of the standardised gain")
+    interactions: bool = Field(
+        False, description="whether gains of units speak for others of their module: R * R parameters more for each"
+    )
     estimator: EstimatorConfig = EstimatorConfig()
     samples: PositiveInt = Field(4, description="masks per user and round that are tried (K)")
     reward: RewardConfig = RewardConfig()

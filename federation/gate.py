@@ -1,19 +1,23 @@
 """The gate: a small policy network from a user's state to one logit per unit.
 
-    logit_ug = e_g . h(u) + exp(log_alpha + a . v_u) * (z_ug - c)
+    logit_ug = e_g . h(u) + exp(log_alpha + a . v_u) * (z_ug + sum_r' z_ujr' M_jr'r - c)
 
     v_u = GELU(W1 x_u + b1), h(u) = W2 v_u + b2, and e_g = m_j * n_r (elementwise) for unit g = (j, r), so that the
     gate grows with J + R, not with G = J * R;
     x_u = layer-normed features, budget share, log2(1 + examples) / 8, embedding;
-    z_ug = gain, standardised per user and module; c is in its units.
+    z_ug = gain, standardised per user and module; c is in its units;
+    M_j, where `interactions` are asked for, says what the gain of one unit means for another one of its module. For
+    units whose effects interact, gains are only the slope at one point: for a quadratic reward the best mask solves a
+    linear system in them, and M learns what solves it.
 
 How far the gate trusts the gains depends on the user, and on how many examples they come from. c shifts all logits
 of a user alike: masks with a fixed budget do not see it, Bernoulli masks are sparser for a larger c.
 
-The last layer of h and a are zero at first: an untrained gate is the saliency rule "take the units of highest
+The last layer of h, a and M are zero at first: an untrained gate is the saliency rule "take the units of highest
 first-order gain", and training learns what to correct.
 
-The parameters phi are one flat row, the way they travel: section "gate", one row of |phi| numbers, in this order.
+The parameters phi are one flat row, the way they travel: section "gate", one row of |phi| numbers, in this order
+(M only where there are interactions).
 
     symbol      part            shape
     W1          input_weight    (H, F + 2 + E)
@@ -25,6 +29,7 @@ The parameters phi are one flat row, the way they travel: section "gate", one ro
     log_alpha   log_alpha       (1,)
     a           alpha_weight    (H,)
     c           threshold       (1,)
+    M           interaction     (J, R, R)
 
 Shapes: U users, F features, I inputs, E embedding, H hidden, D factor width, J modules, R ranks, G units.
 """
@@ -95,6 +100,8 @@ class GateSpec:
     The trust in gains is kept as its logarithm: it stays positive, so training may mute the gains but never turn
     them around, and an optimizer's step on it is relative.
 
+    interactions: whether there is an M, which grows with J * R * R.
+
     Raises ConfigError for a width below 1 (an embedding may be 0 wide) and for an initial_alpha not above 0.
     """
 
@@ -105,6 +112,7 @@ class GateSpec:
     hidden: int
     factor_width: int
     initial_alpha: float
+    interactions: bool = False
 
     def __post_init__(self) -> None:
         for name in ("modules", "rank", "feature_width", "hidden", "factor_width"):
@@ -131,6 +139,7 @@ class GateSpec:
             "log_alpha": (1,),
             "alpha_weight": (self.hidden,),
             "threshold": (1,),
+            **({"interaction": (self.modules, self.rank, self.rank)} if self.interactions else {}),
         }
 
     @cached_property
@@ -177,7 +186,8 @@ class GateSpec:
         hidden = self._hidden(parts, self._inputs(state))
         factored_ujd = hidden.output_ud[:, None] * parts["module_factor"]
         correction_ug = (factored_ujd @ parts["rank_factor"].t()).flatten(1)
-        return correction_ug + hidden.alpha_u1 * (standardise(state.gain_ug, self.modules) - parts["threshold"])
+        worth_ug = self._worth(parts, standardise(state.gain_ug, self.modules))
+        return correction_ug + hidden.alpha_u1 * (worth_ug - parts["threshold"])
 
     def vjp(self, phi: Tensor, state: GateState, gamma_ug: Tensor) -> tuple[Tensor, Tensor]:
         """Every user's own gradient of sum_g gamma_ug * logit_ug, with gamma held constant.
@@ -190,7 +200,8 @@ class GateSpec:
         gamma_ujr = gamma_ug.view(len(gamma_ug), self.modules, self.rank)
         d_factored_ujd = gamma_ujr @ parts["rank_factor"]
         d_output_ud = (d_factored_ujd * parts["module_factor"]).sum(1)
-        above_ug = standardise(state.gain_ug, self.modules) - parts["threshold"]
+        z_ug = standardise(state.gain_ug, self.modules)
+        above_ug = self._worth(parts, z_ug) - parts["threshold"]
         d_log_alpha_u1 = hidden.alpha_u1 * (above_ug * gamma_ug).sum(1, keepdim=True)
         d_value_uh = d_output_ud @ parts["output_weight"] + d_log_alpha_u1 * parts["alpha_weight"]
         d_sum_uh = d_value_uh * hidden.slope_uh
@@ -208,8 +219,18 @@ class GateSpec:
         out["log_alpha"].copy_(d_log_alpha_u1)
         torch.mul(d_log_alpha_u1, hidden.value_uh, out=out["alpha_weight"])
         torch.mul(-hidden.alpha_u1, gamma_ug.sum(1, keepdim=True), out=out["threshold"])
+        if self.interactions:
+            d_worth_ujr = hidden.alpha_u1[:, :, None] * gamma_ujr
+            torch.mul(z_ug.view(gamma_ujr.shape)[..., None], d_worth_ujr[:, :, None], out=out["interaction"])
         d_inputs_ui = d_sum_uh @ parts["input_weight"]
         return d_phi, d_inputs_ui[:, self.feature_width + 2 :]
+
+    def _worth(self, parts: Parts, z_ug: Tensor) -> Tensor:
+        """The standardised gains, with what they mean for each other: (U, G)."""
+        if not self.interactions:
+            return z_ug
+        z_jur = z_ug.view(-1, self.modules, self.rank).transpose(0, 1)
+        return (z_jur + z_jur @ parts["interaction"]).transpose(0, 1).reshape(z_ug.shape)
 
     def _inputs(self, state: GateState) -> Tensor:
         """x_u: (U, I) with I = F + 2 + E."""

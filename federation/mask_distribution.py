@@ -160,7 +160,7 @@ class FixedBudget:
         users, masks, _ = uniform_ukg.shape
         by_module = uniform_ukg.reshape(users, masks, self.modules, self.rank)
         uniform_rkl = by_module.permute(3, 1, 0, 2).reshape(self.rank, masks, users * self.modules)
-        choose_rml = torch.sigmoid(self._log_odds_rml)
+        choose_rml = self._choose_rml
         left_kl = torch.full(uniform_rkl.shape[1:], self.budget, device=uniform_ukg.device)
         chosen_rkl = torch.empty_like(uniform_rkl, dtype=torch.bool)
         for r in range(self.rank):
@@ -190,7 +190,7 @@ class FixedBudget:
         return (masks_ukg * self.logits_ug[:, None]).sum(2) - log_e_u[:, None]
 
     def inclusion(self) -> Tensor:
-        return self._by_unit((self._reach_rml * torch.sigmoid(self._log_odds_rml)).sum(1))
+        return self._by_unit((self._reach_rml * self._choose_rml).sum(1))
 
     def score(self, masks_ukg: Tensor) -> Tensor:
         inclusion_ug = self.inclusion()
@@ -210,14 +210,16 @@ class FixedBudget:
         return -self.covariance_times(self.logits_ug)
 
     def covariance_times(self, v_ug: Tensor) -> Tensor:
-        """One forward derivative of the inclusion."""
+        """E[m_g (m . v)] with v shifted, per module, so that E[m . v] = 0: then nothing large cancels.
 
-        def inclusion(logits_ug: Tensor) -> Tensor:
-            return FixedBudget(logits_ug, self.modules, self.budget).inclusion()
-
-        logits_ug = self.logits_ug.contiguous()  # jvp refuses one row expanded to all users
-        change_ug: Tensor = torch.func.jvp(inclusion, (logits_ug,), (v_ug.expand_as(logits_ug),))[1]
-        return change_ug
+        Along the chain, m . v is what was chosen before unit g, the unit itself, and what is expected after it.
+        """
+        inclusion_rl = (self._reach_rml * self._choose_rml).sum(1)
+        v_rl = v_ug.expand_as(self.logits_ug).reshape(-1, self.rank).t()
+        v_rl = v_rl - (inclusion_rl * v_rl).sum(0) / self.budget
+        sums_rml = self._reach_rml * (v_rl[:, None] + self._shifted_down(self._expected_after(v_rl)))
+        products_rml = self._choose_rml * (self._expected_before(v_rl) + sums_rml)
+        return self._by_unit(products_rml.sum(1))
 
     def uniform(self) -> FixedBudget:
         return FixedBudget(torch.zeros_like(self.logits_ug), self.modules, self.budget)
@@ -245,15 +247,49 @@ class FixedBudget:
         return torch.cat((torch.full_like(some[:, :1], _FLOOR), some), 1)
 
     @cached_property
+    def _choose_rml(self) -> Tensor:
+        """Probability of choosing unit r when m are still to be chosen from r on: (R, k + 1, L)."""
+        return torch.sigmoid(self._log_odds_rml)
+
+    @cached_property
+    def _skip_rml(self) -> Tensor:
+        """1 - choose, without cancellation."""
+        return torch.sigmoid(-self._log_odds_rml)
+
+    @cached_property
     def _reach_rml(self) -> Tensor:
         """Probability that m are still to be chosen when the chain arrives at unit r: (R, k + 1, L)."""
-        choose_rml, skip_rml = torch.sigmoid(self._log_odds_rml), torch.sigmoid(-self._log_odds_rml)
+        choose_rml, skip_rml = self._choose_rml, self._skip_rml
         nothing = torch.zeros_like(choose_rml[0, :1])
         reach = [torch.cat((nothing.expand(self.budget, -1), torch.ones_like(nothing)))]
         for choose_ml, skip_ml in zip(choose_rml[:-1], skip_rml[:-1]):
             here = reach[-1]
             reach.append(here * skip_ml + torch.cat(((here * choose_ml)[1:], nothing)))
         return torch.stack(reach)
+
+    def _expected_before(self, v_rl: Tensor) -> Tensor:
+        """E[sum of v over the chosen units before r; m are still to be chosen at r]: (R, k + 1, L)."""
+        choose_rml, skip_rml = self._choose_rml, self._skip_rml
+        before = [torch.zeros_like(choose_rml[0])]
+        for choose_ml, skip_ml, reach_ml, v_l in zip(choose_rml[:-1], skip_rml[:-1], self._reach_rml, v_rl):
+            here = before[-1]
+            chosen_ml = choose_ml * (here + reach_ml * v_l)
+            before.append(here * skip_ml + F.pad(chosen_ml[1:], (0, 0, 0, 1)))
+        return torch.stack(before)
+
+    def _expected_after(self, v_rl: Tensor) -> Tensor:
+        """E[sum of v over the chosen units after r | m are still to be chosen after it]: (R, k + 1, L)."""
+        choose_rml, skip_rml = self._choose_rml, self._skip_rml
+        after = [torch.zeros_like(choose_rml[0])]
+        for choose_ml, skip_ml, v_l in zip(choose_rml.flip(0)[:-1], skip_rml.flip(0)[:-1], v_rl.flip(0)):
+            here = after[-1]
+            after.append(skip_ml * here + choose_ml * (v_l + F.pad(here[:-1], (0, 0, 1, 0))))
+        return torch.stack(after[::-1])
+
+    @staticmethod
+    def _shifted_down(values_rml: Tensor) -> Tensor:
+        """What stands at m - 1: (R, k + 1, L); zero at m = 0."""
+        return F.pad(values_rml[:, :-1], (0, 0, 1, 0))
 
     def _by_unit(self, values_rl: Tensor) -> Tensor:
         return values_rl.t().reshape(self.logits_ug.shape)

@@ -30,6 +30,7 @@ def gate_spec(model: PooledModel, config: GateConfig) -> GateSpec:
         hidden=config.hidden,
         factor_width=config.factors,
         initial_alpha=config.initial_alpha,
+        interactions=config.interactions,
     )
 
 

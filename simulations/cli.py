@@ -199,6 +199,23 @@ def calibrate(
 
 
 @app.command()
+def unit_costs(experiment: Experiment = "code", *, overrides: Overrides) -> None:
+    """Measure what an active unit of each module costs in time, as a setting that prices units by it.
+
+    Runs on one core; let nothing else run meanwhile. The setting goes to the head of an experiment, or into --set.
+    """
+    from federation.config import load_config
+    from simulations.latency import cost_setting, unit_seconds
+    from simulations.progress import Terminal
+    from simulations.runs import prepare_base
+
+    config = load_config(experiment_path(experiment), overrides)
+    with Terminal(Console()) as progress:
+        prepare_base(config, progress)
+    typer.echo(cost_setting(unit_seconds(config)))
+
+
+@app.command()
 def evaluate(run_folder: RunFolder, *, overrides: Overrides) -> None:
     """Serve new users again by the pool of a finished run, with other settings. No pool is trained.
 

@@ -7,6 +7,7 @@ module alone and one with 2k, in turns, is the cost of k units; the base model's
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from statistics import median
 
@@ -43,12 +44,10 @@ def unit_seconds(config: RunConfig) -> dict[str, float]:
 
 def unit_seconds_job(worker: Worker, config: RunConfig) -> tuple[None, dict[str, float]]:
     """Measured on a block of users with as many examples as a step sees."""
-    from simulations.benchmarks.clock import seconds
-
     setup = worker.setup(config)
     ids = np.asarray(worker.population.users("train")[: config.compute.block], dtype=np.int64)
     batch = worker.batch(ids, "support", config.local.examples, setup.streams.at("latency"))
-    return None, measured(setup.model, batch, config.gate.budget, seconds)
+    return None, measured(setup.model, batch, config.pool.rank, _clock_of(worker.device))
 
 
 def measured(model: PooledModel, batch: Batch, units: int, clock: Clock) -> dict[str, float]:
@@ -69,7 +68,7 @@ def as_costs(seconds: Mapping[str, float]) -> dict[str, float]:
     if lost := [name for name, taken in seconds.items() if not taken > 0]:
         raise RunError(
             f"a unit's cost is the difference of two times, and must be above 0, that of {', '.join(lost)} is lost in "
-            "their noise; let nothing else run, or set a larger compute.block, local.examples or gate.budget"
+            "their noise; let nothing else run, or set a larger compute.block or local.examples"
         )
     return dict(seconds)
 
@@ -89,9 +88,22 @@ def _rows(model: PooledModel, users: int, module: str, units: int) -> dict[str, 
     return {m.section: torch.zeros(users, units if m.name == module else 0, m.width) for m in model.spec.modules}
 
 
+def _clock_of(device: torch.device) -> Clock:
+    """Seconds of the processor where that is what works: a worker has one thread, and others may run beside it."""
+    now = time.process_time if device.type == "cpu" else time.perf_counter
+
+    def clock(work: Callable[[], object]) -> float:
+        started = now()
+        work()
+        return now() - started
+
+    return clock
+
+
 def _forward(model: PooledModel, rows: Mapping[str, Tensor], batch: Batch) -> Callable[[], object]:
-    def work() -> Tensor:
+    def work() -> list[float]:
         with torch.no_grad(), model.bound(rows):
-            return model.loss(batch)
+            waited_for: list[float] = model.loss(batch).tolist()
+        return waited_for
 
     return work

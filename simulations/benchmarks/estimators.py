@@ -6,7 +6,7 @@ may cost twice as much, for then as many passes give as good a mean. So estimato
 
     relative = variance * evaluations / (variance * evaluations of leave-one-out with two masks),
 
-and, weighed by measured seconds instead of evaluations, `relative_in_time`.
+and, weighed by measured seconds of the processor instead of evaluations, `relative_in_time`.
 
 Shapes: U users, K masks per user, G units.
 """
@@ -171,9 +171,9 @@ def squared_bias(biased: Moments, truth_ug: Tensor, truth_variance: float, draws
 def _estimate(side: Side, given: Given, n: int) -> tuple[Tensor, float]:
     """The n-th draw's gamma in float64, and its seconds. A new distribution: one keeps what it has computed."""
     distribution = replace(given.distribution)
-    draws, started = given.draws(n), time.perf_counter()
+    draws, started = given.draws(n), time.process_time()
     found = side.estimator.estimate(distribution, given.objective, given.exploration, side.samples, draws)
-    return found.gamma_ug.double(), time.perf_counter() - started
+    return found.gamma_ug.double(), time.process_time() - started
 
 
 def _with(sums: tuple[Tensor, Tensor], gamma_ug: Tensor, count: int) -> tuple[Tensor, Tensor]:

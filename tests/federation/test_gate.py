@@ -16,7 +16,16 @@ from federation.errors import ConfigError, PoolError
 from federation.gate import GateSpec, GateState, standardise
 from federation.mask_distribution import Bernoulli, FixedBudget
 
-SPEC = GateSpec(modules=3, rank=4, feature_width=5, embedding_width=2, hidden=6, factor_width=7, initial_alpha=4.0)
+SPEC = GateSpec(
+    modules=3,
+    rank=4,
+    feature_width=5,
+    embedding_width=2,
+    hidden=6,
+    factor_width=7,
+    initial_alpha=4.0,
+    interactions=True,
+)
 USERS = 8
 
 
@@ -64,9 +73,13 @@ def logits_by_definition(phi: Tensor, of: GateState) -> Tensor:
         for j in range(SPEC.modules):
             gains = gain[j * SPEC.rank : (j + 1) * SPEC.rank]
             normed_gains = (gains - gains.mean()) / gains.std(correction=0)
+            meant = gain.new_zeros(SPEC.rank)
+            for r in range(SPEC.rank):
+                for s in range(SPEC.rank):
+                    meant[r] = meant[r] + normed_gains[s] * p["interaction"][j, s, r]
             for r in range(SPEC.rank):
                 e = p["module_factor"][j] * p["rank_factor"][r]
-                row.append(e @ h + alpha * (normed_gains[r] - p["threshold"][0]))
+                row.append(e @ h + alpha * (normed_gains[r] + meant[r] - p["threshold"][0]))
         rows.append(torch.stack(row))
     return torch.stack(rows)
 
@@ -167,8 +180,7 @@ def test_a_fixed_budget_does_not_see_the_threshold() -> None:
     SPEC.parts(moved)["threshold"].add_(1.0)
     before, after = (FixedBudget(SPEC.logits(p, of), 3, 2).inclusion() for p in (phi, moved))
     torch.testing.assert_close(after, before)
-    sparser = Bernoulli(SPEC.logits(moved, of)).inclusion() < Bernoulli(SPEC.logits(phi, of)).inclusion()
-    assert sparser.all()
+    assert (SPEC.logits(moved, of) < SPEC.logits(phi, of)).all()
 
 
 @pytest.mark.parametrize("flat", [True, False])
@@ -229,9 +241,11 @@ def test_the_docstring_says_where_everything_lies() -> None:
 
 
 def test_size_counts_every_parameter_and_does_not_grow_with_units() -> None:
-    assert SPEC.size == 6 * 9 + 6 + 7 * 6 + 7 + (3 + 4) * 7 + 1 + 6 + 1
-    wide = replace(SPEC, modules=30, rank=40)
-    assert wide.size - SPEC.size == (27 + 36) * 7
+    assert SPEC.size == 6 * 9 + 6 + 7 * 6 + 7 + (3 + 4) * 7 + 1 + 6 + 1 + 3 * 4 * 4
+    plain = replace(SPEC, interactions=False)
+    assert plain.size == SPEC.size - 3 * 4 * 4
+    wide = replace(plain, modules=30, rank=40)
+    assert wide.size - plain.size == (27 + 36) * 7
 
 
 def test_parameters_of_another_gate_are_refused() -> None:
