@@ -109,8 +109,8 @@ def node_config(context: Context) -> NodeConfig:
     Raises ConfigError.
     """
     from client.node import NodeConfig
-    from federation.config import parse
     from federation.data.cache import state_dir
+    from federation.settings import parse
 
     said = context.node_config
     whose = _own_users(said) if "data" in said or "base" in said else _experiments_users(context)

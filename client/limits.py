@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field, PositiveInt
 
-from federation.config import Settings, TaskConfig
+from federation.config import TaskConfig
 from federation.errors import NodeError
+from federation.settings import Settings
 
 
 class TaskLimits(Settings):

@@ -37,7 +37,7 @@ from client.stores import UserStores
 from client.task import Task
 from client.training import begin_round, train_block, whole
 from federation.base import BaseModel
-from federation.config import PopulationConfig, Precision, Settings, TaskConfig, parse
+from federation.config import PopulationConfig, Precision, TaskConfig
 from federation.data.population import Batch, Part, Population
 from federation.data.registry import make_population
 from federation.devices import CPU, making_tensors_on, moved
@@ -56,6 +56,7 @@ from federation.exchange import (
 from federation.files import remove_leftovers
 from federation.frames import join
 from federation.pool.file import PoolFile
+from federation.settings import Settings, parse
 from federation.streams import Streams, UserIds
 from federation.update import Values
 

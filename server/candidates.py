@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from federation.config import RunConfig, identity, parse
+from federation.config import RunConfig, identity
 from federation.errors import CheckpointError, FedquiltWarning, RunError
 from federation.pool.file import PoolFile
+from federation.settings import parse
 from server import checkpoint
 from server.checkpoint import Checkpoint
 from server.history import read_history

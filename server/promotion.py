@@ -9,9 +9,9 @@ from typing import Literal
 
 from pydantic import FiniteFloat, PositiveInt
 
-from federation.config import Settings
 from federation.errors import ConfigError, RunError
 from federation.plugins import suggest
+from federation.settings import Settings
 
 
 class Evaluation(Settings):

@@ -28,11 +28,11 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from federation.config import Settings, parse
 from federation.errors import ConfigError, PoolError, RunError
 from federation.files import new_folder, remove_leftovers, write_file
 from federation.plugins import suggest
 from federation.pool.file import PoolFile, pool_file
+from federation.settings import Settings, parse
 from server.promotion import Evaluation, Promotion, Promotions, previous, standing
 
 FOLDER_NAME = "releases"

@@ -208,7 +208,7 @@ def _population(experiment: str | None, texts: dict[str, Any]) -> dict[str, Any]
 
 def _node_config(population: dict[str, Any], partition: str, **settings: Any) -> NodeConfig:
     from client.node import NodeConfig
-    from federation.config import parse
+    from federation.settings import parse
 
     parts = re.fullmatch(r"(\d+)/(\d+)", partition)
     if parts is None:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from federation.config import RunConfig, identity, parse
+from federation.config import RunConfig, identity
 from federation.errors import RunError
 from federation.pool.file import PoolFile
+from federation.settings import parse
 from server.candidates import deployed_candidate, is_deployed
 from server.checkpoint import Checkpoint, checksum
 from server.promotion import Evaluation

@@ -336,7 +336,7 @@ def check_strategy(
     ],
 ) -> None:
     """Check an aggregation strategy against the laws that all of them keep. Ends with 1 if it breaks one."""
-    from federation.config import overridden
+    from federation.settings import overridden
     from strategies import make_strategy
     from strategies.conformance import LAWS, check
 

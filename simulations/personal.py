@@ -11,10 +11,11 @@ import numpy as np
 from torch import Tensor
 
 from client.personal import personalised
-from federation.config import RunConfig, parse
+from federation.config import RunConfig
 from federation.data.population import Population
 from federation.errors import PopulationError, RunError
 from federation.pool.model import PooledModel
+from federation.settings import parse
 from server.round import from_checkpoint
 from simulations.candidates import recorded_checkpoint
 from simulations.compute.worker import Worker

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from federation.config import RunConfig, identity, overridden, parse
+from federation.config import RunConfig, identity
 from federation.data.population import Population
 from federation.data.registry import make_population
 from federation.errors import ConfigError, RunError
+from federation.settings import overridden, parse
 from federation.update import Values
 from server.checkpoint import checksum
 from server.checkpoint import rounds as checkpointed_rounds

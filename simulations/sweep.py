@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from federation.config import FREE_SETTINGS, RunConfig, load_config, parse
+from federation.config import FREE_SETTINGS, RunConfig, load_config
 from federation.errors import ConfigError, RunError
+from federation.settings import parse
 from simulations.comparison import MeasuredRun, Setting, compare
 from simulations.compute.workers import on_device
 from simulations.methods import methods_of

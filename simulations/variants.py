@@ -16,8 +16,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from federation.config import PluginConfig, RunConfig, Settings, parse
+from federation.config import PluginConfig, RunConfig
 from federation.errors import ConfigError
+from federation.settings import Settings, parse
 
 MAIN = "pool"
 SHARED = "shared"

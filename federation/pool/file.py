@@ -19,8 +19,9 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from federation.config import TaskConfig, parse
+from federation.config import TaskConfig
 from federation.errors import ConfigError, PoolError, PoolFormatError
+from federation.settings import parse
 from federation.state import version_of
 from federation.update import Values
 

@@ -26,13 +26,14 @@ import numpy as np
 from client.adapt import sgd, unit_gains
 from client.rewards import MaskReward
 from client.round import RoundState, local_round, round_data
-from federation.config import EstimatorConfig, GateConfig, RunConfig, parse
+from federation.config import EstimatorConfig, GateConfig, RunConfig
 from federation.data.registry import make_population
 from federation.estimators.protocol import DistributionKind
 from federation.estimators.registry import ESTIMATORS
 from federation.exploration import Exploration
 from federation.gate import GateSpec
 from federation.pool.model import PooledModel
+from federation.settings import parse
 from simulations.benchmarks.clock import one_thread
 from simulations.benchmarks.estimators import Row, label, worst
 from simulations.benchmarks.pipeline import code_of

@@ -17,13 +17,14 @@ from client.gate_round import UserDraws, propose
 from client.policies import Known
 from client.rewards import Adaptation, MaskReward
 from client.round import round_data
-from federation.config import EstimatorConfig, GateConfig, RunConfig, load_config, parse
+from federation.config import EstimatorConfig, GateConfig, RunConfig, load_config
 from federation.data.population import Population
 from federation.data.registry import make_population
 from federation.errors import ConfigError
 from federation.estimators.protocol import DistributionKind
 from federation.estimators.registry import ESTIMATORS, make_estimator
 from federation.mask_distribution import Bernoulli, FixedBudget
+from federation.settings import parse
 from federation.update import Values
 from server.round import from_checkpoint
 from simulations.benchmarks.estimators import Given, Row, Side, averaged, compared, with_relatives

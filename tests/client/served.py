@@ -9,9 +9,10 @@ from torch import Tensor
 
 from client.node import Node, NodeConfig
 from client.serving import Serving
-from federation.config import PopulationConfig, TaskConfig, parse
+from federation.config import PopulationConfig, TaskConfig
 from federation.exchange import Instructions
 from federation.pool.file import PoolFile
+from federation.settings import parse
 from federation.state import initial_values
 from federation.streams import Streams
 from tests.bases import UNICODE_TEXT, save_base

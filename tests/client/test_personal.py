@@ -19,9 +19,9 @@ from client.personal import (
     personal_sections,
     personal_values,
     personalised,
-    task_masks,
     proposed_masks,
     served_rows,
+    task_masks,
     tuning_of,
 )
 from federation.codec import decode_personal, encode_personal

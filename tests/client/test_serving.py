@@ -19,10 +19,11 @@ from client.node import Node, NodeConfig
 from client.personal_store import Kept
 from client.pools import NEWEST
 from client.serving import CANNOT_UNDO, Forgotten, Rebased, Serving, ServingStatus
-from federation.config import PopulationConfig, RunConfig, parse
+from federation.config import PopulationConfig, RunConfig
 from federation.data import texts
 from federation.errors import NodeError, StoreError
 from federation.pool.file import PoolFile
+from federation.settings import parse
 from federation.streams import Streams
 from server.round import from_checkpoint
 from simulations.compute.worker import Worker

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from federation.cohorts import draw_cohort, rounds_per_epoch
-from federation.config import FederationConfig, parse
+from federation.config import FederationConfig
 from federation.errors import ConfigError, PopulationError
 from federation.permutation import permuted
+from federation.settings import parse
 from federation.streams import Streams, UserIds
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from federation.config import GateConfig, LocalConfig, RunConfig, Settings, load_config, parse
+from federation.config import GateConfig, LocalConfig, RunConfig, load_config
 from federation.errors import ConfigError
+from federation.settings import Settings, parse
 
 
 def write(folder: Path, text: str) -> Path:

@@ -7,8 +7,9 @@ import torch
 
 from client.round import RoundData, RoundState, local_round
 from client.task import Task
-from federation.config import TaskConfig, parse
+from federation.config import TaskConfig
 from federation.pool.model import PooledModel
+from federation.settings import parse
 from federation.state import initial_values, metric_names
 from tests import models
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
 from client.personal import personalised
-from federation.config import RunConfig, parse
+from federation.config import RunConfig
 from federation.data.population import Batch
+from federation.settings import parse
 from federation.streams import Streams
 from simulations.methods import known_methods
 from simulations.serve import Plan, Trained, start_of, tune

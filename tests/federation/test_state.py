@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from federation.config import GateConfig, parse
+from federation.config import GateConfig
 from federation.pool.model import PooledModel
+from federation.settings import parse
 from federation.state import (
     GATE_SECTION,
     LOAD_SECTION,

@@ -10,10 +10,11 @@ import torch
 from typer.testing import CliRunner
 
 from client.rewards import unit_costs
-from federation.config import RunConfig, load_config, overridden, parse
+from federation.config import RunConfig, load_config
 from federation.data.registry import make_population
 from federation.errors import RunError
 from federation.pool.layers import _BOUND
+from federation.settings import overridden, parse
 from simulations import latency
 from simulations.cli import app
 from simulations.compute.worker import Worker

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from federation.config import RunConfig, parse
+from federation.config import RunConfig
 from federation.data.registry import make_population
 from federation.errors import PopulationError, RunError
+from federation.settings import parse
 from federation.streams import Streams
 from simulations.personal import personal_rows
 from simulations.runs import run

@@ -23,11 +23,12 @@ from client.agent.service import AgentService
 from client.node import Node, NodeConfig
 from client.serving import Serving
 from client.writing import Writer
-from federation.config import PopulationConfig, RunConfig, TaskConfig, parse
+from federation.config import PopulationConfig, RunConfig, TaskConfig
 from federation.data.texts import user_id
 from federation.errors import ConfigError, NodeError
 from federation.exchange import Description, Instructions, Letter, Refusal
 from federation.pool.file import PoolFile
+from federation.settings import parse
 from tests.bases import UNICODE_TEXT, save_base
 from tests.client.served import equal, instructions, opened, released, rows_of, users_with_texts
 from tests.simulations.tiny import tiny_config, tiny_setup
