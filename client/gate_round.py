@@ -96,8 +96,12 @@ def rebuilt(reward: MaskReward, known: Known, estimator: Estimator, gate: GateCo
 
 
 def off_target(mask_ug: Tensor, target: float) -> Tensor:
-    """How far a user's share of active units is above the target, in targets: (U, G) bool -> (U, 1)."""
-    return (mask_ug.float().mean(1, keepdim=True) - target) / target
+    """How far a user's share of active units is off the target, within (-1, 1): (U, G) bool -> (U, 1).
+
+    (share - target) / the larger of both, so that no share, however far off, moves the price by more than its rate.
+    """
+    share_u1 = mask_ug.float().mean(1, keepdim=True)
+    return (share_u1 - target) / share_u1.clamp_min(target)
 
 
 def dense_sections(values: Values, rows: Mapping[str, Tensor], users: int) -> dict[str, Section]:

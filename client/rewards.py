@@ -18,6 +18,10 @@ from federation.qualities import Quality
 from federation.update import Values
 
 
+_TOGETHER = 32
+"""Masks that are judged in one computation: of many more, activations leave the cache."""
+
+
 @dataclass(frozen=True)
 class Adaptation:
     """Steps of SGD that a mask's rows take before they are judged; none with steps = 0."""
@@ -38,12 +42,10 @@ class MaskReward:
     adaptation: Adaptation
 
     def reward(self, masks_ukg: Tensor) -> Tensor:
-        """(U, K, G) bool -> (U, K): all masks of all users in one stacked computation."""
+        """(U, K, G) bool -> (U, K), stacked, some users with all of their masks at a time."""
         users, samples, _ = masks_ukg.shape
-        repeated = torch.arange(users).repeat_interleave(samples)
-        rows = self._adapted(self._rows(masks_ukg.flatten(0, 1)), repeated)
-        with torch.no_grad(), self.model.bound(rows):
-            return self.model.quality(self.query.take(repeated), self.quality).view(users, samples)
+        parts = torch.split(torch.arange(users), max(1, _TOGETHER // samples))
+        return torch.cat([self._reward_of(part, masks_ukg[part]) for part in parts])
 
     def reward_gradient(self, strength_ug: Tensor) -> tuple[Tensor, Tensor]:
         """The quality with every unit on at `strength_ug`, without adaptation, and its gradient: (U,), (U, G)."""
@@ -51,6 +53,13 @@ class MaskReward:
         with self.model.gated(self.values, gates_ug):
             quality_u = self.model.quality(self.query, self.quality)
         return quality_u.detach(), torch.autograd.grad(quality_u.sum(), gates_ug)[0]
+
+    def _reward_of(self, users: Tensor, masks_ukg: Tensor) -> Tensor:
+        """The rewards of some users' masks, by position: (U, K)."""
+        repeated = users.repeat_interleave(masks_ukg.shape[1])
+        rows = self._adapted(self._rows(masks_ukg.flatten(0, 1)), repeated)
+        with torch.no_grad(), self.model.bound(rows):
+            return self.model.quality(self.query.take(repeated), self.quality).view(masks_ukg.shape[:2])
 
     def _rows(self, masks_ng: Tensor) -> dict[str, Tensor]:
         modules = len(self.model.spec.modules)

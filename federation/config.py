@@ -41,7 +41,7 @@ class PluginConfig(Settings):
 class EstimatorConfig(PluginConfig):
     """How the gate's gradient is estimated."""
 
-    name: str = Field("reinforce_gain", description="an estimator, as in fedquilt.estimators")
+    name: str = Field("reinforce", description="an estimator, of ours or of fedquilt.estimators")
 
 
 class QualityConfig(PluginConfig):
@@ -60,7 +60,7 @@ class RewardConfig(Settings):
         "units", description="of a unit: 1, its parameters, or by module (measured latency); the mean counts as 1"
     )
     target: float | None = Field(None, gt=0, lt=1, description="share of active units to steer the price to")
-    price_rate: PositiveFloat = Field(0.2, description="step of log lambda for a share that is off by the target")
+    price_rate: PositiveFloat = Field(0.05, description="largest step of log lambda in a round, towards the target")
 
     @model_validator(mode="after")
     def _target_needs_a_price(self) -> Self:
@@ -102,7 +102,7 @@ class GateConfig(Settings):
     exploration: float = Field(0.05, ge=0, lt=1, description="share of masks drawn for units that are rarely used")
     entropy: float = Field(0.0, ge=0, description="weight of the entropy bonus")
     balance: float = Field(0.0, ge=0, description="weight of the load balance: rarely used units are worth more")
-    every: PositiveInt = Field(1, description="the gate learns in each n-th round after the warm-up")
+    every: PositiveInt = Field(2, description="the gate learns in each n-th round after the warm-up")
     schedule: Literal["together", "alternate"] = Field(
         "together", description="alternate: where the gate learns, the pool rests"
     )
@@ -249,6 +249,9 @@ class EvaluateConfig(Settings):
     """How new users are served and measured."""
 
     methods: tuple[str, ...] = Field((), description="rows of the table; empty leaves evaluation out")
+    claims: tuple[tuple[str, str], ...] = Field(
+        (), description="pairs of methods (better, worse) that documents compare"
+    )
     users: int = Field(96, ge=2, description="new users measured")
     tuning_users: PositiveInt = Field(16, description="training users on whose test part rates and steps are chosen")
     steps: tuple[PositiveInt, ...] = Field((20, 40), description="Adam steps to choose from")

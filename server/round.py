@@ -66,7 +66,7 @@ def rules_of(config: RunConfig, schema: Schema) -> Rules:
     }
     tracked = {LOAD_SECTION: RunningShare(LOAD_RATE), PRICE_SECTION: Sgd(config.gate.reward.price_rate)}
     optimizers |= {prefix: optimizer for prefix, optimizer in tracked.items() if prefix in schema.sections}
-    max_norm = {"pool": config.limits.pool_norm, "gate": config.limits.gate_norm, **_largest(config, schema)}
+    max_norm = {"pool": config.limits.pool_norm, "gate": config.limits.gate_norm, **_largest(schema)}
     limits = Limits(max_norm, config.limits.weight, config.limits.absurd)
     return Rules(schema, make_strategy(config.strategy.name, **config.strategy.options), optimizers, limits)
 
@@ -137,14 +137,14 @@ def _odd_parts(parts: Mapping[str, Tensors], rules: Rules) -> list[str]:
     return odd + [part for part in needed if part not in parts]
 
 
-def _largest(config: RunConfig, schema: Schema) -> dict[str, float]:
+def _largest(schema: Schema) -> dict[str, float]:
     """Norms that no honest user exceeds: a mask minus shares is within 1 in each of G units, and a share of active
-    units is off its target by at most as many targets as 1 is."""
+    units is off its target by at most 1."""
     largest = {}
     if LOAD_SECTION in schema.sections:
         largest[LOAD_SECTION] = math.sqrt(schema.sections[LOAD_SECTION].width)
-    if PRICE_SECTION in schema.sections and config.gate.reward.target is not None:
-        largest[PRICE_SECTION] = 1 / config.gate.reward.target
+    if PRICE_SECTION in schema.sections:
+        largest[PRICE_SECTION] = 1.0
     return largest
 
 

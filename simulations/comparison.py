@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from federation.config import FREE_SETTINGS
+from federation.config import FREE_SETTINGS, GateConfig, RunConfig
 from federation.errors import RunError
+from federation.settings import parse
+from simulations.record import rounded
 from simulations.statistics import Floats, Groups, Interval, bootstrap, clustered_error
 from simulations.tables import (
     DENSE,
@@ -31,6 +33,7 @@ from simulations.tables import (
     percent,
     unit_of,
 )
+from simulations.variants import MAIN, federations_of
 
 _NOT_A_SETTING = (
     "seed",
@@ -39,6 +42,7 @@ _NOT_A_SETTING = (
     "evaluate.methods",
     *(f"{section}.{key}" for section, keys in FREE_SETTINGS.items() for key in keys),
 )
+_MASK_FIGURES = ("f1", "f1_of_type", "reward_share")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class MethodSummary:
 
     gain: over the base. over_dense: over `dense_lora`; None for itself, and where it was not measured.
     seed_gains: (S,) mean gain of each run. harmed: share of users and seeds with a negative gain.
+    active_share: of the units, mean over seeds and of each run.
     """
 
     name: str
@@ -63,6 +68,8 @@ class MethodSummary:
     seed_gains: tuple[float, ...]
     harmed: float
     bytes_per_user: float
+    active_share: float
+    seed_active_shares: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,53 @@ def differences_of(record: Record, name: str) -> dict[str, Interval]:
     return found
 
 
+def claims_over_seeds(runs: Sequence[MeasuredRun], claims: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """By how much the first of each two methods is better, paired: users' losses are averaged over seeds first.
+
+    z: the difference in standard errors, clustered by group; None where there is no error to count in.
+    """
+    groups_u = np.asarray(runs[0].users["groups"], dtype=np.int64)
+    entries = []
+    for better, worse in claims:
+        difference_su = np.stack([_gain(run, better) - _gain(run, worse) for run in runs])
+        difference_u = difference_su.mean(0)
+        interval, se = bootstrap(difference_u, groups_u), clustered_error(difference_u, groups_u)
+        figures = {"difference": interval.mean, "se": se, "low": interval.low, "high": interval.high}
+        entries.append(
+            {
+                "better": better,
+                "worse": worse,
+                **rounded(figures),
+                "z": round(interval.mean / se, 6) if se > 0 else None,
+                "seed_differences": [round(mean, 6) for mean in difference_su.mean(1).tolist()],
+            }
+        )
+    return entries
+
+
+def masks_over_seeds(runs: Sequence[MeasuredRun]) -> dict[str, dict[str, Any]]:
+    """How near each method's masks come to the best ones (`mask_quality`): means over seeds, each seed's figures
+    (`seeds`), and means by type. Nothing where the population knows no best masks."""
+    masks_s = [run.record.get("masks", {}) for run in runs]
+    shared = [name for name in masks_s[0] if all(name in masks for masks in masks_s)]
+    return {name: _mask_summary([masks[name] for masks in masks_s]) for name in shared}
+
+
+def gates_over_seeds(runs: Sequence[MeasuredRun]) -> dict[str, dict[str, Any]]:
+    """Each federation whose gate was trained: what it was asked for, and how it ended, mean over seeds.
+
+    gate_entropy, unused_share and reward are of the last round that has them; revived counts all rounds.
+    """
+    record = runs[0].record
+    federations = federations_of(parse(RunConfig, record["config"]))
+    gates = {name: federations[name].gate for name in (MAIN, *record.get("federations", ()))}
+    return {
+        name: {**_asked(gate), **_ended([_history(run.record, name) for run in runs])}
+        for name, gate in gates.items()
+        if gate.policy == "gate"
+    }
+
+
 def comparison_table(setting: Setting, unit: str) -> Table:
     """The table of one setting: mean over seeds, 95% interval over users, and range of the seeds' means."""
     columns = ("gain over base", "single seeds", f"over {DENSE}", "users harmed", "bytes per user")
@@ -142,6 +196,7 @@ def _method(name: str, gain_su: Mapping[str, Floats], groups_u: Groups, runs: Se
     over_dense = None
     if DENSE in gain_su and name != DENSE:
         over_dense = bootstrap(gain_u - gain_su[DENSE].mean(0), groups_u)
+    active_s = tuple(run.record["methods"][name]["active_share"] for run in runs)
     return MethodSummary(
         name=name,
         gain=bootstrap(gain_u, groups_u),
@@ -149,7 +204,53 @@ def _method(name: str, gain_su: Mapping[str, Floats], groups_u: Groups, runs: Se
         seed_gains=tuple(gain_su[name].mean(1).tolist()),
         harmed=float((gain_su[name] < 0).mean()),
         bytes_per_user=float(np.mean([run.record["methods"][name]["bytes_per_user"] for run in runs])),
+        active_share=float(np.mean(active_s)),
+        seed_active_shares=active_s,
     )
+
+
+def _mask_summary(entry_s: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    types = sorted({kind for entry in entry_s for kind in entry["by_type"]})
+    by_type = {kind: [entry["by_type"][kind] for entry in entry_s if kind in entry["by_type"]] for kind in types}
+    return {
+        **_means(entry_s),
+        "seeds": {figure: [entry[figure] for entry in entry_s] for figure in _MASK_FIGURES},
+        "by_type": {kind: _means(entries) for kind, entries in by_type.items()},
+    }
+
+
+def _means(entry_s: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return rounded({figure: float(np.mean([entry[figure] for entry in entry_s])) for figure in _MASK_FIGURES})
+
+
+def _asked(gate: GateConfig) -> dict[str, Any]:
+    return {
+        "estimator": gate.estimator.name,
+        "samples": gate.samples,
+        "inputs": list(gate.inputs),
+        "distribution": gate.distribution,
+        "budget": gate.budget,
+        "steps": gate.reward.steps,
+        "price": gate.reward.price,
+        "target": gate.reward.target,
+    }
+
+
+def _ended(history_s: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]:
+    """What no run has is left out."""
+    found: dict[str, list[float]] = {}
+    for metric in ("gate_entropy", "unused_share", "reward", "revived"):
+        for history in history_s:
+            values = [line[metric] for line in history if metric in line]
+            if values:
+                found.setdefault(metric, []).append(sum(values) if metric == "revived" else values[-1])
+    return rounded({metric: float(np.mean(value_s)) for metric, value_s in found.items()})
+
+
+def _history(record: Record, federation: str) -> Sequence[Mapping[str, float]]:
+    lines = record if federation == MAIN else record["federations"][federation]
+    history: Sequence[Mapping[str, float]] = lines.get("history", ())
+    return history
 
 
 def _headroom(gain_su: Mapping[str, Floats], groups_u: Groups) -> Headroom | None:

@@ -5,7 +5,11 @@ A document marks what is rendered, and a test holds it equal to its source:
     <!-- table: simulations/results/code.json -->        the result table of a run's record
     <!-- seeds: simulations/results/evidence.json -->    a sweep's methods over its seeds
     <!-- claims: simulations/results/evidence.json -->   paired differences of methods, over a sweep's seeds
-    <!-- masks: simulations/results/synthetic.json -->   how near masks come to the best ones
+    <!-- masks: simulations/results/synthetic.json -->   how near masks come to the best ones, in a run or a sweep
+    <!-- types: simulations/results/gate-late.json -->   a sweep's masks by type of user
+    <!-- gate: simulations/results/gate-late.json -->    a sweep's federations: their gates and how they ended
+    <!-- curve: simulations/results/gate-price.json -->  a sweep's masks: quality against sparsity
+    <!-- variance: simulations/results/gate.json -->     the variance of estimators (`fedquilt bench gate`)
     <!-- bench: simulations/results/pipeline.json -->     a benchmark's figures; of several, joined by +, side by side
     <!-- scale: simulations/results/million.json -->      time, memory and disk of a run
     <!-- source: tests/plugins/installed/sign_mean.py -->  a file, as a block of code
@@ -17,34 +21,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from federation.config import RunConfig
-from simulations import tables
+from federation.settings import Settings
+from simulations import sweep_tables, tables
 from simulations.benchmarks.figures import figures
 
 HOUSE = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/deploy.md", "docs/results.md", "docs/speed.md")
-CLAIMS = (
-    ("dsa_t2", "base"),
-    ("dsa_t2", "shared"),
-    ("dsa_t2", "dense_lora"),
-    ("dsa_t0", "shared"),
-    ("dsa_t0", "random_mask"),
-    ("dsa_t0", "random_mask[pool=random]"),
-    ("dsa_t0", "random_mask_random_pool"),  # the same in older records
-    ("dsa_t0", "other_mask"),
-    ("dsa_t0", "saliency_mask"),
-    ("dsa_t1", "shared_scales"),
-    ("dsa_t2@fp16", "shared_tuned"),
-    ("dsa_t2", "shared_tuned_compressed"),
-    ("dsa_t2@ternary:0.2", "shared_tuned@ternary:0.2"),
-    ("dsa_t2@ternary:0.05", "shared_tuned@ternary:0.05"),
-    ("dsa_t2", "dense_lora_compressed"),
-    ("dsa_t2_cache", "ngram_cache"),
-)
+DOCUMENTS = ("README.md", "docs/deploy.md", "docs/gate.md", "docs/results.md", "docs/speed.md")
 _BLOCK = re.compile(r"<!-- (\w+): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 Record = dict[str, Any]
 
@@ -73,38 +60,24 @@ def _table(record: Record) -> str:
 
 def _seeds(record: Record) -> str:
     summary = _only_variant(record)
-    rows = [
-        (
-            f"`{name}`",
-            f"{method['gain']['mean']:.4f}",
-            f"{method['gain']['low']:.4f} to {method['gain']['high']:.4f}",
-            tables.percent(method["harmed"]),
-            f"{method['bytes_per_user']:,.0f}",
-            ", ".join(f"{gain:.4f}" for gain in method["seed_gains"]),
-        )
-        for name, method in summary["methods"].items()
-    ]
-    head = ("method", "gain", "95% interval", "harmed", "bytes", "by seed")
-    return _markdown(head, rows) + f"\n\n{summary['users']} new users of {summary['groups']} projects."
-
-
-def _claims(record: Record) -> str:
-    pairs = {(c["a"], c["b"]): (c, 1) for c in _only_variant(record)["comparisons"]}
-    pairs |= {(b, a): (c, -1) for (a, b), (c, _) in pairs.items()}
-    rows = []
-    for a, b in (claim for claim in CLAIMS if claim in pairs):
-        found, sign = pairs[a, b]
-        low, high = sorted((sign * found["low"], sign * found["high"]))
-        difference = sign * found["difference"]
-        rows.append(
-            (f"`{a}` - `{b}`", f"{difference:+.4f}", f"{difference / found['se']:+.1f}", f"{low:+.4f} to {high:+.4f}")
-        )
-    return _markdown(("difference of gains", "mean", "in standard errors", "95% interval"), rows)
+    users = f"{summary['users']} new users of {summary['groups']} groups."
+    return _markdown(*sweep_tables.seeds(summary)) + f"\n\n{users}"
 
 
 def _masks(record: Record) -> str:
+    """Of a sweep, or of one run."""
+    if "variants" in record and "masks" not in record:
+        return _markdown(*sweep_tables.masks(_only_variant(record)))
     rows = [(rule, f"{q['f1']:.3f}", f"{q['f1_of_type']:.3f}") for rule, q in record["masks"].items()]
     return _markdown(("mask", "F1 against the user's best", "F1 against its type's habit"), rows)
+
+
+def _of_variant(rows_of: Callable[[Record], sweep_tables.Drawn]) -> Callable[[Record], str]:
+    return lambda record: _markdown(*rows_of(_only_variant(record)))
+
+
+def _variance(record: Record) -> str:
+    return _markdown(*sweep_tables.variance(record))
 
 
 def _bench(*records: Record) -> str:
@@ -126,11 +99,31 @@ def _figures(records: Sequence[Record], kind: str) -> str:
 
 
 def _settings(section: str) -> str:
-    fields = getattr(RunConfig(), section).__class__.model_fields
-    rows = [
-        (f"`{name}`", "none" if f.default is None else f"{f.default:g}", f.description) for name, f in fields.items()
-    ]
-    return _markdown(("setting", "default", "meaning"), rows)
+    return _markdown(("setting", "default", "meaning"), list(_settings_rows(getattr(RunConfig(), section), "")))
+
+
+def _settings_rows(settings: Settings, prefix: str) -> Iterator[tuple[str, str, str]]:
+    """Those of a section within it have their place in their name, as in `reward.price`."""
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, Settings):
+            yield from _settings_rows(value, f"{prefix}{name}.")
+        else:
+            yield f"`{prefix}{name}`", _default(value), field.description or "as the plugin takes them"
+
+
+def _default(value: object) -> str:
+    """
+    >>> [_default(value) for value in (None, 0.5, True, "gate", ("gains", "context"), (), {})]
+    ['none', '0.5', 'true', 'gate', 'gains, context', 'none', 'none']
+    """
+    if value is None or (isinstance(value, tuple | dict) and not value):
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ", ".join(map(_default, value))
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _only_variant(record: Record) -> Record:
@@ -146,8 +139,12 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 _KINDS: dict[str, Callable[..., str]] = {
     "table": _table,
     "seeds": _seeds,
-    "claims": _claims,
+    "claims": _of_variant(sweep_tables.claims),
     "masks": _masks,
+    "types": _of_variant(sweep_tables.types),
+    "gate": _of_variant(sweep_tables.gates),
+    "curve": _of_variant(sweep_tables.curve),
+    "variance": _variance,
     "bench": _bench,
     "scale": _scale,
 }

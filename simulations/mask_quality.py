@@ -22,7 +22,8 @@ def mask_quality(evaluation: Evaluation, population: Population) -> dict[str, di
 
     f1, f1_of_type: F1 against the user's best mask, and against its type's. reward_share: how much the mask lowers
     the expected loss, as a share of what the best mask does; means over users are taken before they are divided, and
-    the rows are the population's own, whatever a pool has become.
+    the rows are the population's own, whatever a pool has become. The method `informed_mask` says how far a mask
+    could come by what its policy sees.
 
     Nothing where the population knows no best masks, and for a pool of other units than they are of.
     """

@@ -119,7 +119,24 @@ def differences(record: Record, name: str) -> go.Figure:
 
 def learning_curves(history: Sequence[Mapping[str, float]]) -> go.Figure:
     """The cohort's mean loss before training and, once the gate learns, its mean reward, by round."""
-    titles = {"support_loss": "loss of the cohort before its steps", "reward": "reward of the gate's masks"}
+    return _curves(
+        history, {"support_loss": "loss of the cohort before its steps", "reward": "reward of the gate's masks"}
+    )
+
+
+def has_gate(history: Sequence[Mapping[str, float]]) -> bool:
+    """Whether a gate chose masks in any round."""
+    return any("gate_entropy" in line for line in history)
+
+
+def gate_curves(history: Sequence[Mapping[str, float]]) -> go.Figure:
+    """The entropy of the gate's masks and the share of units that it leaves unused, by round."""
+    titles = {"gate_entropy": "entropy of the gate's masks", "unused_share": "share of units unused"}
+    return _curves(history, titles).update_yaxes(tickformat=".0%", range=[0, 1.05])
+
+
+def _curves(history: Sequence[Mapping[str, float]], titles: Mapping[str, str]) -> go.Figure:
+    """Metrics by round, each over those rounds that have it; those that no round has are left out."""
     shown = [metric for metric in titles if any(metric in line for line in history)]
     figure = make_subplots(rows=len(shown), shared_xaxes=True, vertical_spacing=0.12,
                            subplot_titles=[titles[metric] for metric in shown])  # fmt: skip

@@ -17,6 +17,8 @@ from simulations.tables import DENSE, REFERENCE, Record, headroom, percent, unit
 
 REPORT_NAME = "report.html"
 SUBJECT = "dsa_t2"
+_NOT_SENT = ("round", "unused_share", "revived")
+"""What a round's metrics hold besides users' figures: the server's own."""
 
 
 def write_report(run_folder: Path) -> Path:
@@ -183,7 +185,22 @@ def _training(record: Record) -> str:
     if warmup:
         caption += f" The first {warmup} rounds draw masks at random."
     drawn = plots.learning_curves(record["history"])
-    return page.section("The federation learns", page.figure(drawn, "rounds", caption))
+    return page.section("The federation learns", page.figure(drawn, "rounds", caption), *_gate_health(record))
+
+
+def _gate_health(record: Record) -> list[str]:
+    """Nothing where no gate was trained."""
+    history = record["history"]
+    if not plots.has_gate(history):
+        return []
+    text = (
+        "Entropy says how much chance is left in the gate's masks (100%: all masks are equally likely), and a unit is "
+        "unused that is chosen less than a tenth as often as the mean: the first falls as the gate learns, but if both "
+        "go wrong, entropy to nearly nothing and more than half of the units unused, everyone gets the same few."
+    )
+    revived = sum(line.get("revived", 0) for line in history)
+    caption = f"The gate's health by round. {revived:,.0f} times a unit that was unused was taken up again."
+    return [page.paragraph(text), page.figure(plots.gate_curves(history), "gate", caption)]
 
 
 def _units(users: Mapping[str, Any] | None) -> str:
@@ -204,11 +221,15 @@ def _units(users: Mapping[str, Any] | None) -> str:
 def _what_left(record: Record) -> str:
     """What a device sends in training, as long as there is no private aggregation."""
     sent = ["the numbers of the units that were active for the user, and how far its steps moved their rows"]
-    if record.get("config", {}).get("gate", {}).get("policy") == "gate":
+    gate = record.get("config", {}).get("gate", {})
+    if gate.get("policy") == "gate":
         sent.append("the gate's policy gradient of the user, which can reveal its private embedding")
-    metrics = [name for name in record.get("history", [{}])[-1] if name != "round"]
-    if metrics:
-        sent.append(f"a few figures: {', '.join(metrics)}")
+        sent.append("once more the numbers of these units, as its part in how often each unit is used (the load)")
+        if gate.get("reward", {}).get("target") is not None:
+            sent.append("how far the user's share of active units is off the target (the price)")
+    metrics = dict.fromkeys(name for line in record.get("history", ()) for name in line)
+    if figures := [name for name in metrics if name not in _NOT_SENT]:
+        sent.append(f"a few figures: {', '.join(figures)}")
     return page.section(
         "What left the devices",
         page.paragraph("This is a simulation. On real devices, a user sends in every round it takes part in:"),

@@ -17,6 +17,7 @@ from client.personal import (
     ActiveRows,
     Tuning,
     active_rows,
+    known_of,
     personal_schema,
     personal_sections,
     personal_values,
@@ -34,7 +35,7 @@ from federation.update import Values
 from simulations.cached import TargetFigures, target_figures
 from simulations.compute.worker import Worker
 from simulations.methods import Choice, Method
-from simulations.setup import Setup
+from simulations.setup import Setup, Teacher
 from simulations.statistics import Floats
 
 
@@ -73,16 +74,31 @@ class Served:
 def propose_masks(
     worker: Worker, trained: Trained, user_ids: UserIds, choices: Sequence[Choice]
 ) -> tuple[None, dict[Choice, Tensor]]:
-    """The users' masks by each choice of a policy, packed. Policies that see the same are asked together."""
+    """The users' masks by each choice of a policy, or of the population by what a policy sees, packed.
+
+    Policies that see the same are asked together.
+    """
     proposals: dict[Choice, Mapping[Policy, Tensor]] = {}
     packed = {}
     for choice in choices:
+        if choice.rule == "informed":
+            packed[choice] = masks.pack(informed_masks(worker, trained, user_ids, choice))
+            continue
         seen = replace(choice, rule="random")
         if seen not in proposals:
             setup, values = worker.setup(trained.configs.get(choice.pool, trained.config)), trained.values[choice.pool]
             proposals[seen] = proposed_masks(setup, values, worker, user_ids, choice.windows, choice.budget)
         packed[choice] = masks.pack(proposals[seen][choice.rule])  # type: ignore[index]  # other rules are not asked
     return None, packed
+
+
+def informed_masks(worker: Worker, trained: Trained, user_ids: UserIds, choice: Choice) -> Tensor:
+    """The population's best masks given the examples that the choice sees, (U, G) bool on the worker's device."""
+    setup, population = worker.setup(trained.configs.get(choice.pool, trained.config)), worker.population
+    assert isinstance(population, Teacher), population.name
+    seen = moved(known_of(setup, worker, user_ids, choice.windows, choice.budget).examples, CPU)
+    with making_tensors_on(CPU):
+        return moved(population.informed_mask(user_ids, seen), worker.device)
 
 
 def serve_block(

@@ -12,7 +12,7 @@ from client import task
 from client.task import Task
 from federation.base import BaseModel
 from federation.config import RunConfig
-from federation.data.population import Population
+from federation.data.population import Batch, Population
 from federation.errors import ConfigError
 from federation.pool.model import PooledModel
 from federation.pool.spec import SECTION_PREFIX
@@ -40,6 +40,13 @@ class Teacher(Protocol):
 
     def state_best_mask(self, user_ids: UserIds) -> Tensor:
         """(U, G) bool: the best guess from what a user's type says."""
+        ...
+
+    def informed_mask(self, user_ids: UserIds, examples: Batch) -> Tensor:
+        """(U, G) bool: the best guess from what a user's type says, and these examples of its own.
+
+        Raises PopulationError where it is not known.
+        """
         ...
 
     def expected_loss(self, user_ids: UserIds, mask_ug: Tensor) -> Tensor:

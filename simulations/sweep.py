@@ -17,10 +17,18 @@ import numpy as np
 
 from federation.config import FREE_SETTINGS, RunConfig, load_config
 from federation.errors import ConfigError, RunError
+from federation.plugins import suggest
 from federation.settings import parse
-from simulations.comparison import MeasuredRun, Setting, compare
+from simulations.comparison import (
+    MeasuredRun,
+    Setting,
+    claims_over_seeds,
+    compare,
+    gates_over_seeds,
+    masks_over_seeds,
+)
 from simulations.compute.workers import on_device
-from simulations.methods import methods_of
+from simulations.methods import methods_of, parsed_name
 from simulations.progress import Progress
 from simulations.record import RECORD_NAME, USERS_NAME, paired, provenance, read_record, write_json
 from simulations.runs import CONFIG_NAME, run
@@ -63,12 +71,31 @@ def plan(experiments: Sequence[Path], seeds: int, overrides: Sequence[str], grid
             variant = _file_name("-".join((config.name, *point)))
             if not config.evaluate.methods:
                 raise ConfigError(f"a sweep compares methods, {variant!r} has none; set evaluate.methods")
-            methods_of(config)  # refuses what cannot be run
+            claims_of(config)  # refuses what cannot be run, or compared
             trials.append(Trial(_file_name(config.name), variant, config))
     names = [trial.name for trial in trials]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"each run of a sweep has its own name, {twice} come twice; rename experiments")
     return trials
+
+
+def claims_of(config: RunConfig) -> list[tuple[str, str]]:
+    """The pairs of methods that documents compare, (better, worse), by the names that tables have.
+
+    Raises ConfigError for a method that is not among the run's, for a method and itself, and as `methods_of` does.
+    """
+    measured = [method.name for method in methods_of(config)]
+    claims = [(str(parsed_name(better)), str(parsed_name(worse))) for better, worse in config.evaluate.claims]
+    for claim in claims:
+        for name in claim:
+            if name not in measured:
+                raise ConfigError(
+                    f"a claim compares two methods of the run, {name!r} in evaluate.claims is not in "
+                    f"evaluate.methods; {suggest(name, measured)}"
+                )
+        if claim[0] == claim[1]:
+            raise ConfigError(f"a claim compares two methods, {claim[0]!r} in evaluate.claims with itself; drop it")
+    return claims
 
 
 def run_trial(trial: Trial, out: Path, progress: Progress) -> None:
@@ -108,7 +135,8 @@ def over_seeds(trials: Sequence[Trial], out: Path) -> Setting:
 
 
 def summarise(trials: Sequence[Trial], out: Path) -> dict[str, Any]:
-    """Writes and returns `sweep.json`: each variant's runs, its methods over seeds, and all pairs of methods.
+    """Writes and returns `sweep.json`: each variant's runs, its methods over seeds, all pairs of methods, the pairs
+    that are claims, the quality of masks and the health of gates.
 
     A user's loss is averaged over seeds before users are compared, and groups of users are drawn for the
     intervals; what every seed gave is beside it (`seed_gains`).
@@ -132,9 +160,21 @@ def _summary(trials: Sequence[Trial], out: Path) -> dict[str, Any]:
         "seeds": list(setting.seeds),
         "users": setting.users,
         "groups": len(np.unique(groups_u)),
-        "methods": {method.name: asdict(method) for method in setting.methods},
+        "methods": {method.name: _rounded(asdict(method)) for method in setting.methods},
         "comparisons": paired(losses, groups_u),
+        "claims": claims_over_seeds(runs, claims_of(trials[0].config)),
+        "masks": masks_over_seeds(runs),
+        "gate": gates_over_seeds(runs),
     }
+
+
+def _rounded(value: Any) -> Any:
+    """Every number with a fraction to 6 digits after the point."""
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(inner) for inner in value]
+    return round(value, 6) if isinstance(value, float) else value
 
 
 def _axis(text: str) -> list[str]:

@@ -37,6 +37,7 @@ EXPLANATIONS = {
     "saliency_mask": "the units of the largest first-order gain",
     "other_mask": "the units the gate chose for someone else",
     "type_mask": "the best units for the user's type, as the population knows them",
+    "informed_mask": "the best units given the user's type and the very examples that the gate sees",
     "best_mask": "the user's best units, as the population knows them",
     "dsa_t0": "the units the gate chose, nothing tuned",
     "dsa_t1": "the gate's units, one tuned scale for each",

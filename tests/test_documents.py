@@ -3,13 +3,27 @@
 import ast
 import json
 import re
+import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from federation.base import BaseModel
+from federation.config import EstimatorConfig, QualityConfig, RunConfig
+from federation.estimators.registry import ESTIMATORS, make_estimator
+from federation.qualities import make_quality
+from simulations.benchmarks.estimators import BIASED
 from simulations.documents import DOCUMENTS, HOUSE, rendered
+from simulations.federate import read_history
+from tests.federation.estimators.problems import PROBLEMS, Curved, replicas
+from tests.simulations.tiny import simulate, tiny_config
 
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
+TOML = re.compile(r"```toml\n(.*?)```", re.DOTALL)
+GATE = HOUSE / "docs" / "gate.md"
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -48,3 +62,107 @@ def test_a_record_says_how_it_was_made_and_names_no_place_of_one_machine(path: P
     assert {"kind", "command", "commit", "versions", "machine"} <= set(record)
     assert "+changes" not in record["commit"]
     assert not re.search(r"(^| )/|/(home|root|tmp|work)/", record["command"])
+
+
+@pytest.fixture
+def guide_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The page's module, installed with the page's entry points."""
+    text = GATE.read_text()
+    (module,) = PYTHON.findall(text)
+    (declared,) = (block for block in TOML.findall(text) if "entry-points" in block)
+    groups = tomllib.loads(declared)["project"]["entry-points"]
+    info = tmp_path / "mine-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in names.items()) for group, names in groups.items()]
+    (info / "entry_points.txt").write_text("".join(lines))
+    (tmp_path / "mine.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("mine", None)
+
+
+@pytest.mark.usefixtures("guide_installed")
+@pytest.mark.parametrize("case", ["bernoulli", "2 of 4, twice"])
+def test_the_guides_estimator_is_unbiased(case: str) -> None:
+    problem, users = PROBLEMS[case], 40_000
+    estimator = make_estimator(EstimatorConfig(name="against_frozen"), problem.kind)
+    gamma_ug = replicas(problem, estimator, 0.2, 1, users, Curved()).gamma_ug
+    error_g = gamma_ug.std(0) / users**0.5
+    exact_g = problem.gradient(Curved().value(problem.masks()))
+    assert ((gamma_ug.mean(0) - exact_g).abs() < 4.5 * error_g).all()
+    assert (exact_g.abs() > 4.5 * error_g).any()
+
+
+@pytest.mark.usefixtures("guide_installed")
+def test_the_guides_quality_caps_the_loss_of_an_example() -> None:
+    base = BaseModel(torch.nn.Identity(), lambda m, x, y: (m(x) - y).abs(), lambda m, x: x, 1, (), "distance")
+    quality = make_quality(QualityConfig(name="capped_loss", options={"most": 2.0}))
+    found = quality.measure(base, torch.tensor([0.5, 5.0, -2.0]), torch.zeros(3))
+    assert found.tolist() == [-0.5, -2.0, -2.0]
+
+
+@pytest.mark.usefixtures("guide_installed")
+def test_a_federation_learns_with_the_guides_plugins(tmp_path: Path) -> None:
+    own = ("gate.estimator.name=against_frozen", "gate.reward.quality.name=capped_loss", "federation.rounds=2")
+    simulate(tiny_config(*own, "gate.reward.quality.options={most=0.25}", "gate.warmup=0"), tmp_path / "run")
+    metrics = read_history(tmp_path / "run")[0]["metrics"]
+    assert metrics["support_loss"] > 0.25 >= -metrics["reward"] > 0
+
+
+class _Counted(Curved):
+    """A reward that counts what is asked of it, per user."""
+
+    masks = gradients = 0
+
+    def reward(self, masks_ukg: torch.Tensor) -> torch.Tensor:
+        type(self).masks += masks_ukg.shape[1]
+        return super().reward(masks_ukg)
+
+    def reward_gradient(self, strength_ug: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        type(self).gradients += 1
+        return super().reward_gradient(strength_ug)
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS.builtin))
+def test_the_guides_table_of_estimators_is_true(name: str) -> None:
+    (line,) = re.findall(rf"^\| `{name}` \| (.*) \|$", GATE.read_text(), re.MULTILINE)
+    masks, gradient, biased, cost = line.split(" | ")
+    estimator = ESTIMATORS.make(name)
+    assert masks == ", ".join(estimator.distributions)
+    assert gradient == ("yes" if estimator.differentiable else "no")
+    assert biased == ("yes" if name in BIASED else "no")
+    counted = type("Counted", (_Counted,), {})()
+    problem = PROBLEMS["bernoulli"]
+    replicas(problem, estimator, 0.2, 4, 3, counted)
+    words = {"K masks": 4, "K + 1 masks": 5, "K gradients": 4, "1 gradient": 1}
+    said = {"masks": 0, "gradients": 0}
+    for part in cost.split(", "):
+        said["masks" if "mask" in part else "gradients"] += words[part]
+    assert said == {"masks": counted.masks, "gradients": counted.gradients}
+
+
+def test_every_setting_of_the_gate_is_shown_with_its_default() -> None:
+    shown = dict(
+        re.findall(r"^\| `([\w.]+)` \| (.*?) \| ", rendered("<!-- settings: gate -->\n<!-- end -->"), re.MULTILINE)
+    )
+    flat = dict(_flat(RunConfig().gate.model_dump()))
+    assert set(shown) == set(flat)
+    for name, value in flat.items():
+        if isinstance(value, float | int) and not isinstance(value, bool):
+            assert float(shown[name]) == value
+        elif isinstance(value, str):
+            assert shown[name] == value
+    assert (shown["interactions"], shown["reward.target"], shown["inputs"]) == (
+        "false",
+        "none",
+        "gains, context, embedding",
+    )
+
+
+def _flat(settings: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in settings.items():
+        if isinstance(value, dict) and name != "options":
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -39,7 +39,7 @@ class Ppo:
     """
 
     epochs: int = 4
-    rate: float = 10.0
+    rate: float = 1.0
     clip: float = 0.2
     kl: float = 0.01
 

@@ -24,6 +24,7 @@ from federation.errors import ConfigError, PopulationError
 from federation.pool.spec import PoolSpec
 from federation.streams import Streams, UserIds
 from simulations.populations.habits import Arrangement, Groups, Singles, highest, module_ups, swapped
+from simulations.populations.posterior import Noise, log_evidence, posterior_chances, prior_chances, residuals_of
 from simulations.populations.teacher import Chain, Parallel, hidden_features, hit_rate, squared_loss
 
 Kind = Literal["network", "additive", "interacting"]
@@ -232,6 +233,34 @@ class SyntheticPopulation:
         """
         type_u = self.type_of(user_ids)
         return self._arrangement.units(self._habit[type_u], self._second[type_u])
+
+    def informed_mask(self, user_ids: UserIds, examples: Batch) -> Tensor:
+        """The best mask given the type and the user's own examples (U, N, ..), (U, G) bool.
+
+        Of the masks that a user can have, the one with the most units of the user's own best mask to expect. It has
+        the highest expected F1 and, as all units in use are worth the same, the smallest expected loss, both given
+        the type and these examples. However a policy was trained, what it makes of the examples tells it no more of
+        a user than they and the type do: so no policy that chooses such masks does better on average.
+
+        Neglected: masks that no user has (half a pair, both substitutes, distractors, classes that share the budget
+        otherwise), which pay only where nearly nothing is known; masks of another size, as without a fixed budget per
+        module; that inputs and noises come from finite banks; and, with outliers, what other examples say when it is
+        judged whether one is corrupted (`log_evidence`).
+
+        Raises PopulationError in a network, where units write to the same outputs.
+        """
+        if isinstance(self._teacher, Chain):
+            raise PopulationError(
+                "the best mask given examples is known where units write to outputs of their own, got kind = "
+                f"{self.kind!r}; set kind = 'additive' or 'interacting' in population.options"
+            )
+        type_u, chosen = self.type_of(user_ids), self._arrangement.chosen
+        habit, second = self._habit[type_u], self._second[type_u]
+        noise = Noise(self.noise, _OUTLIER, self.outliers)
+        residuals = residuals_of(self._teacher, self._arrangement, second, examples)
+        evidence = log_evidence(residuals, prior_chances(habit, self.flips, chosen), noise)
+        chance = posterior_chances(evidence, habit, self.flips, chosen)
+        return self._arrangement.units(highest(chance, chosen), second)
 
     def expected_loss(self, user_ids: UserIds, mask_ug: Tensor) -> Tensor:
         """Each user's expected loss with a mask over the teacher's rows, (U, G) bool -> (U,).

@@ -197,7 +197,7 @@ class Parallel:
 
     def teach(self, inputs: Tensor, mask_ug: Tensor) -> Tensor:
         """The base with each user's rows: (U, N, widths[0]), (U, G) -> (U, N, outputs)."""
-        strength_unj = inputs @ self._direction_jd.t()
+        strength_unj = self.strengths(inputs)
         effects = zip(strength_unj.unbind(2), self._effects(mask_ug.float()), strict=True)
         shift = torch.cat([strength[..., None] * effect[:, None] for strength, effect in effects], 2)
         return shift.add_(self._network(inputs))
@@ -212,6 +212,15 @@ class Parallel:
         effects = self._effects(mask_ug.float() - best_ug.float())
         error_uj = torch.stack([effect.square().sum(1) for effect in effects], 1)
         return (power_uj * error_uj).sum(1) / (2 * self.outputs)
+
+    def strengths(self, inputs: Tensor) -> Tensor:
+        """The inputs along each module's direction: (U, N, widths[0]) -> (U, N, J)."""
+        return inputs @ self._direction_jd.t()
+
+    def untaught(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """What targets have beyond the base network's outputs: (U, N, outputs)."""
+        outputs: Tensor = self._network(inputs)
+        return targets - outputs
 
     def _effects(self, mask_ug: Tensor) -> list[Tensor]:
         """What each user's units write together: (U, d_out) by module."""

@@ -43,7 +43,7 @@ class House:
         self.task: Setup = self.worker.setup(config)
         generator = torch.Generator().manual_seed(5)
         first = self.task.begin().values
-        spread = {"gate": 2.0, "load": 0.0}
+        spread = {"gate": 0.6, "load": 0.0}
         self.values = {
             name: rows + spread.get(name, 0.3) * torch.randn(rows.shape, generator=generator)
             for name, rows in first.items()
@@ -94,7 +94,7 @@ def test_one_gate_serves_any_budget(house: House, budget: int) -> None:
 
 def test_a_rebuilt_embedding_follows_the_users_own_examples(house: House) -> None:
     """Each user's is rebuilt from its own examples alone, and it moves who is known by them alone."""
-    changes = ("gate.rebuild=3", "gate.embedding_rate=30.0")
+    changes = ("gate.rebuild=3", "gate.embedding_rate=300.0")
     rebuilding = House(*changes)
     plain = proposed_masks(house.task, house.values, house.worker, IDS, 8, 2)["gate"]
     rebuilt = proposed_masks(rebuilding.task, rebuilding.values, rebuilding.worker, IDS, 8, 2)["gate"]

@@ -40,7 +40,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "gate, Bernoulli": {"distribution": "bernoulli", "reward": {"price": 0.02}},
     "gate, no entropy": {"entropy": 0.0},
     "gate, global budget": {"scope": "global"},
-    "gate, plain estimator": {"estimator": {"name": "reinforce"}},
+    "gate, gain as control variate": {"estimator": {"name": "reinforce_gain"}},
     "gate, price steered": {"distribution": "bernoulli", "reward": {"price": 0.02, "target": 0.4}},
     "gate, priced parameters": {"scope": "global", "reward": {"price": 0.02, "cost": "parameters"}},
     "gate, rewards after steps": {"reward": {"steps": 2}, "balance": 0.01},
@@ -82,7 +82,7 @@ class Case:
 def case_of(make: MakeBase, gate: Mapping[str, Any], **local: Any) -> Case:
     """Four users of a pool whose rows are all at work, and of a gate that is no longer the saliency rule."""
     widths = {"budget": BUDGET, "embedding": 3, "hidden": 5, "factors": 4, "samples": 3}
-    defaults: dict[str, Any] = {"warmup": 0, "exploration": 0.3, "entropy": 0.01}
+    defaults: dict[str, Any] = {"warmup": 0, "every": 1, "exploration": 0.3, "entropy": 0.01}
     config = GateConfig(**{**widths, **defaults, **gate})
     sizes = {"steps": 2, "examples": 3, "gain_examples": 4, "query_examples": 3}
     model = PooledModel.around(make(), RANK, SCALE)
@@ -257,7 +257,7 @@ def test_a_saliency_round_equals_a_plain_loop(make: MakeBase) -> None:
         "gate, Bernoulli",
         "gate, no entropy",
         "gate, global budget",
-        "gate, plain estimator",
+        "gate, gain as control variate",
         "gate, price steered",
         "gate, priced parameters",
         "gate, rewards after steps",

@@ -133,7 +133,7 @@ NO_GRADIENT = r"gate: a price on a fixed budget of equal units has no gradient; 
             r"gate: a budget fixes the share of active units; set distribution = 'bernoulli', or no target",
         ),
         (
-            ["gate.schedule=alternate"],
+            ["gate.schedule=alternate", "gate.every=1"],
             r"gate: an alternating gate that learns in every round leaves the pool none; set every = 2",
         ),
     ],
@@ -202,7 +202,7 @@ def test_the_factors_of_rounds_1_to_3(train: str, expected: list[tuple[str, ...]
 @pytest.mark.parametrize(
     ("settings", "chooses", "learns", "rests"),
     [
-        ({"warmup": 2}, [3, 4, 5, 6, 7, 8], [3, 4, 5, 6, 7, 8], []),
+        ({"warmup": 2, "every": 1}, [3, 4, 5, 6, 7, 8], [3, 4, 5, 6, 7, 8], []),
         ({"warmup": 0, "every": 3}, [1, 2, 3, 4, 5, 6, 7, 8], [1, 4, 7], []),
         ({"warmup": 3, "every": 2, "schedule": "alternate"}, [4, 5, 6, 7, 8], [4, 6, 8], [4, 6, 8]),
         ({"warmup": 20}, [], [], []),

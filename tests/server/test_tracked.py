@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from client.gate_round import off_target
 from federation.config import load_config
 from federation.errors import CheckpointError
 from federation.state import LOAD_SECTION, PRICE_SECTION
@@ -33,7 +34,7 @@ def test_load_and_price_move_by_their_mean_at_rates_of_their_own_in_every_round(
     late = {prefix: {**own, "round": torch.tensor(round_index - 1)} for prefix, own in state.optimizers.items()}
     state = replace(state, optimizers=late)
     after = one_round(state, setup, [block])
-    for name, rate, bound in ((LOAD_SECTION, 0.1, math.sqrt(10)), (PRICE_SECTION, 0.5, 1 / 0.2)):
+    for name, rate, bound in ((LOAD_SECTION, 0.1, math.sqrt(10)), (PRICE_SECTION, 0.5, 1.0)):
         sent = block.sections[name]
         mean = torch.zeros_like(state.values[name])
         for u in range(5):
@@ -50,7 +51,7 @@ def test_honest_users_are_never_clipped_and_others_are() -> None:
     for shares in (torch.zeros(10), torch.full((10,), 0.2), torch.ones(10)):
         assert (masks - shares).norm(dim=1).max() <= limits[LOAD_SECTION] * (1 + 1e-6)
     for active in range(11):
-        assert abs(active / 10 - 0.2) / 0.2 <= limits[PRICE_SECTION]
+        assert off_target(torch.arange(10)[None] < active, 0.2).abs() <= limits[PRICE_SECTION]
     setup = rules("strategy.name=fedavg", *STEERED, schema=TRACKED)
     state, block = first_state(setup), updates(1, 3, TRACKED)
     loud = {
@@ -63,7 +64,7 @@ def test_honest_users_are_never_clipped_and_others_are() -> None:
     # In each of the 10 units, a norm of sqrt(10) is a row of ones.
     wanted = (state.values[LOAD_SECTION] + 0.1).clamp(max=1.0) - state.values[LOAD_SECTION]
     assert moved[LOAD_SECTION] == pytest.approx(float(wanted.norm()), rel=1e-5)
-    assert moved[PRICE_SECTION] == pytest.approx(0.5 / 0.2, rel=1e-5)
+    assert moved[PRICE_SECTION] == pytest.approx(0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])

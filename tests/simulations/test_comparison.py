@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 
 from federation.errors import RunError
-from simulations.comparison import MeasuredRun, Setting, compare, comparison_table, differences_of
-from tests.simulations.records import METHODS, made_up_record, made_up_users
+from simulations.comparison import (
+    MeasuredRun,
+    Setting,
+    claims_over_seeds,
+    compare,
+    comparison_table,
+    differences_of,
+    gates_over_seeds,
+    masks_over_seeds,
+)
+from tests.simulations.records import GROUPS, METHODS, made_up_record, made_up_users
 
 GAINS = {name: gain_u for name, (gain_u, _, _) in METHODS.items()}
 NAMES = [name for name in GAINS if name != "base"]
@@ -128,3 +137,101 @@ def test_table_shows_seeds_users_and_the_best() -> None:
     assert [row.name for row in table.rows if row.emphasised] == ["dense_lora"]
     assert all(len(row.cells) == len(table.columns) for row in table.rows)
     assert table.rows[NAMES.index("dense_lora")].cells[1] == "0.350 to 0.450"
+
+
+def test_a_claim_is_paired_and_its_error_clustered() -> None:
+    """The error against a loop over groups: sqrt(C / (C - 1) * sum of squared sums of deviations) / U."""
+    runs = [measured(0, dsa_t2=[0.9] * 8), measured(1)]
+    (claim,) = claims_over_seeds(runs, [("dsa_t2", "shared")])
+    ahead = [(0.9 + mine) / 2 - other for mine, other in zip(GAINS["dsa_t2"], GAINS["shared"])]
+    mean = sum(ahead) / 8
+    squares = sum(sum(a - mean for a, g in zip(ahead, GROUPS) if g == group) ** 2 for group in set(GROUPS))
+    se = (5 / 4 * squares) ** 0.5 / 8
+    assert (claim["better"], claim["worse"]) == ("dsa_t2", "shared")
+    assert (claim["difference"], claim["se"]) == pytest.approx((mean, se), abs=1e-6)
+    assert claim["z"] == pytest.approx(mean / se, abs=1e-5)
+    assert claim["low"] < mean < claim["high"]
+    seeds = [0.9 - np.mean(GAINS["shared"]), np.mean(GAINS["dsa_t2"]) - np.mean(GAINS["shared"])]
+    assert claim["seed_differences"] == pytest.approx(seeds, abs=1e-6)
+
+
+def test_a_claim_turned_around_changes_its_sign_and_the_base_is_a_method() -> None:
+    runs = [measured(0), measured(1, shift=0.2)]
+    one, other, base = claims_over_seeds(runs, [("dsa_t2", "shared"), ("shared", "dsa_t2"), ("dsa_t2", "base")])
+    assert (one["difference"], one["z"], one["low"]) == (-other["difference"], -other["z"], -other["high"])
+    assert base["difference"] == pytest.approx(np.mean(GAINS["dsa_t2"]) + 0.1, abs=1e-6)
+
+
+def test_without_an_error_a_claim_has_no_z() -> None:
+    same = measured(0, dsa_t2=GAINS["shared"])
+    (claim,) = claims_over_seeds([same], [("dsa_t2", "shared")])
+    assert (claim["difference"], claim["se"], claim["z"]) == (0, 0, None)
+
+
+def quality(f1: float, late: float | None = None) -> dict[str, Any]:
+    """As `mask_quality` says it, of users of one type or two."""
+    figures = {"f1": f1, "f1_of_type": f1 / 2, "reward_share": f1 - 0.1}
+    by_type = {"0": {name: value + 0.05 for name, value in figures.items()}}
+    if late is not None:
+        by_type["10"] = {"f1": late, "f1_of_type": late, "reward_share": late}
+    return {**figures, "by_type": by_type}
+
+
+def test_masks_are_averaged_over_seeds_and_types_over_the_seeds_that_have_them() -> None:
+    runs = [measured(0), measured(1)]
+    runs[0].record["masks"] = {"dsa_t0": quality(0.5, late=0.3), "random_mask": quality(0.2)}
+    runs[1].record["masks"] = {"dsa_t0": quality(0.8)}
+    found = masks_over_seeds(runs)
+    assert set(found) == {"dsa_t0"}
+    mask = found["dsa_t0"]
+    assert (mask["f1"], mask["f1_of_type"], mask["reward_share"]) == pytest.approx((0.65, 0.325, 0.55))
+    assert mask["seeds"]["reward_share"] == pytest.approx([0.4, 0.7])
+    assert mask["by_type"]["0"]["f1"] == pytest.approx(0.7)
+    assert mask["by_type"]["10"]["f1"] == pytest.approx(0.3)
+    assert masks_over_seeds([measured(0)]) == {}
+
+
+def with_gate(seed: int, entropy: float, revived: int) -> MeasuredRun:
+    """A run with a variant that has a gate of its own, and one whose masks are random."""
+    run = measured(seed)
+    run.record["config"]["variants"] = {
+        "muprop": {"gate": {"estimator": {"name": "muprop"}, "inputs": ["gains"]}},
+        "priced": {"gate": {"distribution": "bernoulli", "reward": {"price": 0.01, "target": 0.1}}},
+    }
+    lines = [
+        {"round": 1, "support_loss": 3.0, "unused_share": 0.9, "revived": 0},
+        {"round": 2, "reward": -2.0, "gate_entropy": 0.9, "unused_share": 0.5, "revived": revived},
+        {"round": 3, "gate_entropy": entropy, "unused_share": 0.25, "revived": 1},
+    ]
+    run.record["history"] = lines
+    run.record["federations"] = {name: {"history": lines[:2]} for name in ("muprop", "priced", "random")}
+    return run
+
+
+def test_gates_end_with_their_last_figures_and_count_all_that_was_revived() -> None:
+    found = gates_over_seeds([with_gate(0, 0.2, revived=3), with_gate(1, 0.4, revived=6)])
+    assert list(found) == ["pool", "muprop", "priced"]
+    main, other, priced = found.values()
+    ended = {name: main[name] for name in ("gate_entropy", "unused_share", "reward", "revived")}
+    assert ended == pytest.approx({"gate_entropy": 0.3, "unused_share": 0.25, "reward": -2.0, "revived": 5.5})
+    assert (other["estimator"], other["inputs"], other["gate_entropy"], other["revived"]) == (
+        "muprop",
+        ["gains"],
+        0.9,
+        4.5,
+    )
+    assert (priced["distribution"], priced["price"], priced["target"]) == ("bernoulli", 0.01, 0.1)
+
+
+def test_a_gate_that_never_chose_has_no_end() -> None:
+    run = measured(0)
+    run.record["history"] = []
+    assert "gate_entropy" not in gates_over_seeds([run])["pool"]
+
+
+def test_active_shares_are_those_of_the_seeds() -> None:
+    runs = [measured(0), measured(1)]
+    runs[1].record["methods"]["dsa_t0"]["active_share"] = 0.1
+    method = by_name(compare(runs)[0])["dsa_t0"]
+    assert method.seed_active_shares == (0.5, 0.1)
+    assert method.active_share == pytest.approx(0.3)

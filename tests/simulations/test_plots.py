@@ -80,3 +80,15 @@ def test_seeds_stand_beside_their_mean() -> None:
     assert len(seeds.x) == 3 * len(means.x)
     expected = [np.mean(gain_u) for name, (gain_u, _, _) in METHODS.items() if name != "base"]
     assert list(means.x) == pytest.approx(expected)
+
+
+def test_the_gates_health_is_drawn_for_the_rounds_that_have_it() -> None:
+    history = [
+        {"round": 1, "unused_share": 0.5},
+        {"round": 2, "unused_share": 0.25, "gate_entropy": 0.9},
+        {"round": 3, "unused_share": 0.0, "gate_entropy": 0.4},
+    ]
+    drawn = [(tuple(trace.x), tuple(trace.y)) for trace in plots.gate_curves(history).data[::2]]
+    assert drawn == [((2, 3), (0.9, 0.4)), ((1, 2, 3), (0.5, 0.25, 0.0))]
+    assert plots.has_gate(history)
+    assert not plots.has_gate(history[:1])

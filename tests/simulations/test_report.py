@@ -153,9 +153,44 @@ def test_little_headroom_is_said_plainly(tmp_path: Path) -> None:
 
 def test_what_left_depends_on_the_gate(tmp_path: Path) -> None:
     record = made_up_record()
-    assert "policy gradient" in page_of(write_report(save(tmp_path, record, None))).text
+
+    def text() -> str:
+        return page_of(write_report(save(tmp_path, record, None))).text
+
+    assert "policy gradient" in text()
+    assert "(the load)" in text()
+    assert "(the price)" not in text()
+    record["config"]["gate"]["reward"] = {"price": 0.1, "target": 0.1}
+    assert "(the price)" in text()
     record["config"]["gate"]["policy"] = "saliency"
-    assert "policy gradient" not in page_of(write_report(save(tmp_path, record, None))).text
+    assert not any(part in text() for part in ("policy gradient", "(the load)", "(the price)"))
+
+
+def test_what_the_server_computes_is_not_said_to_be_sent(tmp_path: Path) -> None:
+    record = made_up_record()
+    record["history"] = [
+        {"round": 1, "support_loss": 3.0, "reward": -2.0, "unused_share": 0.5, "revived": 0.0},
+        {"round": 2, "support_loss": 3.0, "gate_entropy": 0.5, "unused_share": 0.5, "revived": 1.0},
+    ]
+    page = page_of(write_report(save(tmp_path, record, None)))
+    assert "a few figures: support_loss, reward, gate_entropy" in page.text
+    assert not re.search(r"a few figures: [^.]*(unused_share|revived|round)", page.text)
+
+
+def test_the_gates_health_is_shown_where_one_was_trained(tmp_path: Path) -> None:
+    record = made_up_record()
+    assert "plot-gate" not in page_of(write_report(save(tmp_path, record, None))).ids
+    for line, revived in zip(record["history"], (0, 2, 5)):
+        line.update({"gate_entropy": 0.5, "unused_share": 0.1, "revived": revived})
+    page = page_of(write_report(save(tmp_path, record, None)))
+    assert "plot-gate" in page.ids
+    assert "7 times a unit that was unused was taken up again" in page.text
+    assert "everyone gets the same few" in page.text
+
+
+def test_a_run_of_no_rounds_has_a_report(tmp_path: Path) -> None:
+    record = made_up_record() | {"history": []}
+    assert "What left the devices" in page_of(write_report(save(tmp_path, record, None))).headings
 
 
 def test_a_comparison_is_one_page_of_all_settings(tmp_path: Path) -> None:

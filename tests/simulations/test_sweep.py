@@ -1,6 +1,7 @@
 """Sweeps: which trials there are, that finished ones stay, and what the summary says of them."""
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,15 @@ from typer.testing import CliRunner, Result
 
 from federation.errors import ConfigError
 from simulations.cli import app
-from simulations.sweep import plan
+from simulations.sweep import claims_of, plan
 
 TINY = Path(__file__).parent / "tiny.toml"
+ASKED = (
+    "--set",
+    "evaluate.methods=['dense_lora', 'dsa_t2', 'dsa_t0']",
+    "--set",
+    "evaluate.claims=[['dsa_t2', 'base']]",
+)
 
 
 def sweep(*arguments: object) -> Result:
@@ -21,9 +28,15 @@ def sweep(*arguments: object) -> Result:
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sweep")
-    result = sweep(TINY, "--seeds", 2, "--out", out)
+    result = sweep(TINY, *ASKED, "--seeds", 2, "--out", out)
     assert result.exit_code == 0, result.output
     return out
+
+
+def test_claims_have_the_names_of_the_tables() -> None:
+    written = "evaluate.methods=['dsa_t0', 'random_mask[pool=random, budget=2]']"
+    (trial,) = plan([TINY], 1, [written, "evaluate.claims=[['dsa_t0', 'random_mask[ pool=random,budget=2 ]']]"], [])
+    assert claims_of(trial.config) == [("dsa_t0", "random_mask[pool=random,budget=2]")]
 
 
 def test_a_grid_makes_every_combination_with_every_seed() -> None:
@@ -61,6 +74,9 @@ def test_commas_in_brackets_and_quotes_are_part_of_a_value() -> None:
         (["evaluate.methods=[]"], [], "set evaluate.methods"),
         (["variants.v.gate.smaples=2"], [], "in the variant 'v'.*did you mean 'samples'"),
         (["evaluate.methods=['dsa_t0[pool=v]']"], [], "no federation is called 'v'"),
+        (["evaluate.claims=[['dsa_t2', 'dense_loar']]"], [], "'dense_loar' in evaluate.claims.*mean 'dense_lora'"),
+        (["evaluate.claims=[['dsa_t2', 'dsa_t2']]"], [], "'dsa_t2' in evaluate.claims with itself"),
+        (["evaluate.claims=[['dsa_t2']]"], [], "evaluate.claims.0"),
     ],
 )
 def test_a_sweep_that_cannot_work_is_refused_before_it_begins(overrides: list[str], grid: list[str], rule: str) -> None:
@@ -98,7 +114,18 @@ def test_the_summary_is_what_the_runs_say(swept: Path) -> None:
         assert method["gain"]["low"] < method["gain"]["mean"] < method["gain"]["high"]
     losses = [json.loads((run / "evaluation.json").read_text())["loss"] for run in runs]
     pairs = {(entry["a"], entry["b"]): entry for entry in summary["comparisons"]}
-    assert set(pairs) == {("base", "dense_lora"), ("base", "dsa_t2"), ("dense_lora", "dsa_t2")}
+    (claim,) = summary["claims"]
+    pair = pairs["base", "dsa_t2"]
+    assert (claim["better"], claim["worse"], claim["difference"]) == ("dsa_t2", "base", -pair["difference"])
+    assert claim["se"] == pair["se"]
+    assert claim["seed_differences"] == pytest.approx(summary["methods"]["dsa_t2"]["seed_gains"], abs=2e-6)
+    ended = [record["history"][-1]["gate_entropy"] for record in records]
+    assert summary["gate"]["pool"]["gate_entropy"] == pytest.approx(np.mean(ended), abs=1e-6)
+    masks = [record["masks"]["dsa_t0"] for record in records]
+    found = summary["masks"]["dsa_t0"]
+    assert found["seeds"]["reward_share"] == [mask["reward_share"] for mask in masks]
+    assert found["f1"] == pytest.approx(np.mean([mask["f1"] for mask in masks]), abs=1e-6)
+    assert set(pairs) == set(combinations(("base", "dense_lora", "dsa_t2", "dsa_t0"), 2))
     for (a, b), entry in pairs.items():
         difference_u = np.mean([np.subtract(loss[b], loss[a]) for loss in losses], axis=0)
         assert entry["difference"] == pytest.approx(difference_u.mean(), abs=1e-6)
@@ -116,7 +143,7 @@ def test_finished_runs_stay_and_a_missing_one_is_made_again(swept: Path) -> None
     first, second = swept / "tiny-seed0" / "record.json", swept / "tiny-seed1" / "record.json"
     kept, checksum = first.read_bytes(), json.loads(second.read_text())["checksum"]
     second.unlink()
-    result = sweep(TINY, "--seeds", 2, "--out", swept)
+    result = sweep(TINY, *ASKED, "--seeds", 2, "--out", swept)
     assert result.exit_code == 0, result.output
     assert result.output.count("finished before") == 1
     assert first.read_bytes() == kept
@@ -124,6 +151,6 @@ def test_finished_runs_stay_and_a_missing_one_is_made_again(swept: Path) -> None
 
 
 def test_a_folder_with_another_configuration_is_not_taken_for_finished(swept: Path) -> None:
-    result = sweep(TINY, "--seeds", 2, "--set", "local.learning_rate=0.01", "--out", swept)
+    result = sweep(TINY, *ASKED, "--seeds", 2, "--set", "local.learning_rate=0.01", "--out", swept)
     assert result.exit_code == 2
     assert "a run of another configuration" in result.stderr
