@@ -45,13 +45,12 @@ class Proposed:
     exploration: Exploration
 
 
-def propose(reward: MaskReward, known: Known, gate: GateConfig) -> Proposed:
+def propose(known: Known, gate: GateConfig) -> Proposed:
     """The gate's distribution over each user's masks."""
-    model, values = reward.model, reward.values
-    state = gate_state(model, values, known, gate)
-    modules = len(model.spec.modules)
-    distribution = distribution_of(gate_logits(model, values, state, gate), modules, gate, known.budget)
-    toward = distribution_of(rarely_used(values[LOAD_SECTION][0]), modules, gate, known.budget)
+    signals, state = known.signals, gate_state(known, gate)
+    modules, budget = len(signals.model.spec.modules), signals.budget
+    distribution = distribution_of(gate_logits(signals, state, gate), modules, gate, budget)
+    toward = distribution_of(rarely_used(signals.values[LOAD_SECTION][0]), modules, gate, budget)
     return Proposed(state, distribution, Exploration(gate.exploration, toward))
 
 
@@ -90,7 +89,7 @@ def rebuilt(reward: MaskReward, known: Known, estimator: Estimator, gate: GateCo
     """What is known of users whose embedding is not: it takes `gate.rebuild` steps along its policy gradient."""
     for step in range(gate.rebuild):
         fresh = replace(draws, streams=draws.streams.at("rebuild", step))
-        _, _, gradient_ue = estimate(reward, propose(reward, known, gate), estimator, gate, fresh)
+        _, _, gradient_ue = estimate(reward, propose(known, gate), estimator, gate, fresh)
         known = replace(known, embedding_ue=moved(known.embedding_ue, gradient_ue, gate))
     return known
 

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from client.adapt import Adam, Rows
 from client.gate_round import UserDraws, rebuilt
-from client.policies import Known, policy_masks
+from client.policies import Known, Signals, policy_masks
 from client.rewards import Adaptation, MaskReward
 from client.task import Task
 from federation.config import PersonalConfig, Policy
 from federation.data.population import Examples
 from federation.pool.spec import ModuleSpec, PoolSpec, gather, rows_of_mask
-from federation.state import GATE_SECTION
 from federation.streams import UserIds
 from federation.update import Schema, Section, SectionSpec, Values
 
@@ -53,45 +52,30 @@ class Tuning:
     examples: int
 
 
-def proposed_masks(
-    task: Task, values: Values, examples: Examples, user_ids: UserIds, windows: int, budget: int
-) -> dict[Policy, Tensor]:
-    """Each policy's mask of each user, (U, G) bool by the policy's name, from so many of its support examples.
-
-    "saliency", "magnitude" and "random" always, "gate" where there is a trained one: it knows of the user what the
-    examples say, and an embedding rebuilt from them if `gate.rebuild` says so.
-    """
-    known = known_of(task, examples, user_ids, windows, budget)
-    policies: list[Policy] = ["saliency", "magnitude", "random"]
-    if GATE_SECTION in values:
-        policies.append("gate")
-    return {policy: proposed_mask(task, values, known, user_ids, policy) for policy in policies}
-
-
-def known_of(task: Task, examples: Examples, user_ids: UserIds, windows: int, budget: int) -> Known:
+def known_of(task: Task, values: Values, examples: Examples, user_ids: UserIds, windows: int, budget: int) -> Known:
     """What a policy is told of users that it does not know, from `windows` of their support examples."""
     gate, streams = task.config.gate, task.streams.at(STREAM)
     support = examples.batch(user_ids, "support", windows, streams.at("gain"))
     unknown_ue = support.weight.new_zeros(len(user_ids), gate.embedding)
     uniform_ug = streams.uniform("random mask", user_ids, (task.model.spec.units,))
-    return Known(support, unknown_ue, uniform_ug, budget)
+    return Known(Signals(task.model, values, support, budget), unknown_ue, uniform_ug)
 
 
-def proposed_mask(task: Task, values: Values, known: Known, user_ids: UserIds, policy: Policy) -> Tensor:
+def proposed_mask(task: Task, known: Known, user_ids: UserIds, policy: Policy) -> Tensor:
     """One policy's mask of each user, (U, G) bool."""
     gate, local = task.config.gate, task.local
     if policy == "gate" and gate.rebuild:
         nothing = Adaptation((), 0, 0.0)
-        reward = MaskReward(task.model, values, known.examples, local.quality, nothing)
+        reward = MaskReward(task.model, known.signals.values, known.signals.examples, local.quality, nothing)
         known = rebuilt(reward, known, local.estimator, gate, UserDraws(task.streams.at(STREAM), user_ids))
-    return policy_masks(policy, task.model, values, known, gate)
+    return policy_masks(policy, known, gate)
 
 
 def task_masks(task: Task, values: Values, examples: Examples, user_ids: UserIds) -> Tensor:
     """The mask of each user that the task's own policy proposes, (U, G) bool."""
     gate, personal = task.config.gate, task.config.personal
-    known = known_of(task, examples, user_ids, personal.gain_examples, gate.budget)
-    return proposed_mask(task, values, known, user_ids, gate.policy)
+    known = known_of(task, values, examples, user_ids, personal.gain_examples, gate.budget)
+    return proposed_mask(task, known, user_ids, gate.policy)
 
 
 def tuning_of(config: PersonalConfig) -> Tuning:

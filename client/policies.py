@@ -11,8 +11,8 @@ Random masks, in which all units are equally likely, need no logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,53 +28,87 @@ from federation.state import GATE_SECTION, gate_spec
 from federation.update import Values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Signals:
+    """What the frozen model and the pool say of U users' examples. Each signal is computed once, when first asked for.
+
+    budget: active units asked for, per module.
+    """
+
+    model: PooledModel
+    values: Values
+    examples: Batch
+    budget: int
+
+    @property
+    def share(self) -> float:
+        """Of the active units that are asked for."""
+        return self.budget / self.model.spec.rank
+
+    @cached_property
+    def features_uf(self) -> Tensor:
+        """(U, F): one forward pass of the frozen model."""
+        return self.model.features(self.examples)
+
+    @cached_property
+    def gain_ug(self) -> Tensor:
+        """(U, G), with all units on at the share asked for: one forward and one backward pass."""
+        return unit_gains(self.model, self.values, self.examples, self.share)
+
+    @cached_property
+    def magnitude_ug(self) -> Tensor:
+        """(U, G), standardised, so that about half of the units have a positive logit."""
+        norms = []
+        for m in self.model.spec.modules:
+            down, up = torch.split(self.values[m.section], [m.d_in, m.d_out], 1)
+            norms.append(down.norm(dim=1) * up.norm(dim=1))
+        return standardise(torch.cat(norms)[None], len(norms)).repeat(self.examples.users, 1)
+
+
+@dataclass(frozen=True, eq=False)
 class Known:
     """What a policy is told of U users.
 
-    examples: of their own, that gains and context are taken from. embedding_ue: (U, E), zero for a user that is not
-    known. uniform_ug: (U, G) in (0, 1), of their own. budget: active units asked for, per module.
+    embedding_ue: (U, E), zero for a user that is not known. uniform_ug: (U, G) in (0, 1), of their own.
     """
 
-    examples: Batch
+    signals: Signals
     embedding_ue: Tensor
     uniform_ug: Tensor
-    budget: int
 
 
-def gate_state(model: PooledModel, values: Values, known: Known, gate: GateConfig) -> GateState:
-    """What the gate is told: zeros in place of what it is configured not to see. Gains cost a backward pass."""
-    count, share = known.examples.users, known.budget / model.spec.rank
-    zeros = known.embedding_ue.new_zeros
+def gate_state(known: Known, gate: GateConfig) -> GateState:
+    """What the gate is told: zeros in place of what it is configured not to see."""
+    signals, zeros = known.signals, known.embedding_ue.new_zeros
+    users, model = signals.examples.users, signals.model
     return GateState(
-        features_uf=(
-            model.features(known.examples) if "context" in gate.inputs else zeros(count, model.base.feature_width)
-        ),
+        features_uf=signals.features_uf if "context" in gate.inputs else zeros(users, model.base.feature_width),
         embedding_ue=known.embedding_ue if "embedding" in gate.inputs else torch.zeros_like(known.embedding_ue),
-        gain_ug=_gains(model, values, known) if "gains" in gate.inputs else zeros(count, model.spec.units),
-        budget_share=share,
-        examples_u=known.examples.weight.sum(1),
+        gain_ug=signals.gain_ug if "gains" in gate.inputs else zeros(users, model.spec.units),
+        examples_u=signals.examples.weight.sum(1),
+        budget_share=signals.share,
     )
 
 
-def gate_logits(model: PooledModel, values: Values, state: GateState, gate: GateConfig) -> Tensor:
+def gate_logits(signals: Signals, state: GateState, gate: GateConfig) -> Tensor:
     """(U, G). Zero for a user whose data overflow: admission refuses what that user sends."""
-    logits_ug = gate_spec(model, gate).logits(values[GATE_SECTION], state)
+    logits_ug = gate_spec(signals.model, gate).logits(signals.values[GATE_SECTION], state)
     return logits_ug.nan_to_num(0.0, 0.0, 0.0)
 
 
-def policy_masks(policy: Policy, model: PooledModel, values: Values, known: Known, gate: GateConfig) -> Tensor:
+def policy_masks(policy: Policy, known: Known, gate: GateConfig) -> Tensor:
     """The mask that a policy proposes to each user, its likeliest one: (U, G) bool."""
-    spec = model.spec
+    signals = known.signals
+    spec = signals.model.spec
     if policy == "all":
-        return torch.ones(known.examples.users, spec.units, dtype=torch.bool)
+        return torch.ones(signals.examples.users, spec.units, dtype=torch.bool)
     if policy == "random":
-        return random_masks(spec, known.uniform_ug, gate, known.budget)
+        return random_masks(spec, known.uniform_ug, gate, signals.budget)
     if policy == "gate":
-        logits_ug = gate_logits(model, values, gate_state(model, values, known, gate), gate)
+        logits_ug = gate_logits(signals, gate_state(known, gate), gate)
     else:
-        logits_ug = _LOGITS[policy](model, values, known)
-    return distribution_of(logits_ug, len(spec.modules), gate, known.budget).mode()
+        logits_ug = signals.gain_ug if policy == "saliency" else signals.magnitude_ug
+    return distribution_of(logits_ug, len(spec.modules), gate, signals.budget).mode()
 
 
 def distribution_of(logits_ug: Tensor, modules: int, gate: GateConfig, budget: int) -> MaskDistribution:
@@ -91,22 +125,3 @@ def random_masks(spec: PoolSpec, uniform_ug: Tensor, gate: GateConfig, budget: i
     if gate.distribution == "bernoulli":
         return uniform_ug < budget / spec.rank
     return distribution_of(uniform_ug, len(spec.modules), gate, budget).mode()
-
-
-def _gains(model: PooledModel, values: Values, known: Known) -> Tensor:
-    return unit_gains(model, values, known.examples, known.budget / model.spec.rank)
-
-
-def _magnitudes(model: PooledModel, values: Values, known: Known) -> Tensor:
-    """Standardised, so that about half of the units have a positive logit."""
-    norms = []
-    for m in model.spec.modules:
-        down, up = torch.split(values[m.section], [m.d_in, m.d_out], 1)
-        norms.append(down.norm(dim=1) * up.norm(dim=1))
-    return standardise(torch.cat(norms)[None], len(model.spec.modules)).repeat(known.examples.users, 1)
-
-
-_LOGITS: Mapping[Policy, Callable[[PooledModel, Values, Known], Tensor]] = {
-    "saliency": _gains,
-    "magnitude": _magnitudes,
-}

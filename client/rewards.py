@@ -17,7 +17,6 @@ from federation.pool.spec import PoolSpec, gather, rows_of_mask
 from federation.qualities import Quality
 from federation.update import Values
 
-
 _TOGETHER = 32
 """Masks that are judged in one computation: of many more, activations leave the cache."""
 

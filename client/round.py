@@ -11,7 +11,7 @@ from torch import Tensor
 
 from client.adapt import sgd
 from client.gate_round import UserDraws, dense_sections, draw, estimate, moved, off_target, propose, rebuilt
-from client.policies import Known, policy_masks, random_masks
+from client.policies import Known, Signals, policy_masks, random_masks
 from client.rewards import Adaptation, MaskReward
 from client.state import UserBlock
 from federation import masks
@@ -103,13 +103,12 @@ def _choose(
     budget = _drawn("budget", gate.budgets, gate.budget, streams)
     window = _drawn("window", gate.windows, rule.local.gain_examples, streams)
     draws = UserDraws(streams, users.ids)
-    known = Known(
-        data.support.window(0, window), users.embedding_ue, draws.uniform("mask", (model.spec.units,)), budget
-    )
+    signals = Signals(model, values, data.support.window(0, window), budget)
+    known = Known(signals, users.embedding_ue, draws.uniform("mask", (model.spec.units,)))
     if gate.policy == "gate" and not gate.chooses(state.round_index):
         return _Choice(random_masks(model.spec, known.uniform_ug, gate, budget), users.embedding_ue)
     if gate.policy != "gate":
-        return _Choice(policy_masks(gate.policy, model, values, known, gate), users.embedding_ue)
+        return _Choice(policy_masks(gate.policy, known, gate), users.embedding_ue)
     return _gate_choice(model, state, users, data, known, rule, draws)
 
 
@@ -129,7 +128,7 @@ def _gate_choice(
         before = replace(reward, query=data.support)  # a device may rebuild it with no more than it adapts on
         anew = rebuilt(before, known, rule.estimator, gate, draws)
         known = replace(known, embedding_ue=torch.where(new_u[:, None], anew.embedding_ue, known.embedding_ue))
-    proposed = propose(reward, known, gate)
+    proposed = propose(known, gate)
     likely_ug = proposed.distribution.mode()
     metrics = {"gate_entropy": proposed.distribution.entropy_share()}
     sent, embedding_ue = {}, known.embedding_ue

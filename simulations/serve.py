@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +23,13 @@ from client.personal import (
     personal_sections,
     personal_values,
     personalised,
-    proposed_masks,
+    proposed_mask,
 )
+from client.policies import Known
 from federation import masks
 from federation.codec import personal_bytes
 from federation.config import Policy, RunConfig
+from federation.data.population import Batch
 from federation.devices import CPU, making_tensors_on, moved
 from federation.formats import quantise
 from federation.pool.spec import PoolSpec
@@ -76,29 +79,29 @@ def propose_masks(
 ) -> tuple[None, dict[Choice, Tensor]]:
     """The users' masks by each choice of a policy, or of the population by what a policy sees, packed.
 
-    Policies that see the same are asked together.
+    Policies that see the same share what is computed from it.
     """
-    proposals: dict[Choice, Mapping[Policy, Tensor]] = {}
+    known: dict[Choice, Known] = {}
     packed = {}
     for choice in choices:
+        setup, seen = worker.setup(trained.configs.get(choice.pool, trained.config)), replace(choice, rule="random")
+        if seen not in known:
+            values = trained.values[choice.pool]
+            known[seen] = known_of(setup, values, worker, user_ids, choice.windows, choice.budget)
         if choice.rule == "informed":
-            packed[choice] = masks.pack(informed_masks(worker, trained, user_ids, choice))
-            continue
-        seen = replace(choice, rule="random")
-        if seen not in proposals:
-            setup, values = worker.setup(trained.configs.get(choice.pool, trained.config)), trained.values[choice.pool]
-            proposals[seen] = proposed_masks(setup, values, worker, user_ids, choice.windows, choice.budget)
-        packed[choice] = masks.pack(proposals[seen][choice.rule])  # type: ignore[index]  # other rules are not asked
+            mask_ug = informed_masks(worker, user_ids, known[seen].signals.examples)
+        else:
+            mask_ug = proposed_mask(setup, known[seen], user_ids, cast(Policy, choice.rule))
+        packed[choice] = masks.pack(mask_ug)
     return None, packed
 
 
-def informed_masks(worker: Worker, trained: Trained, user_ids: UserIds, choice: Choice) -> Tensor:
-    """The population's best masks given the examples that the choice sees, (U, G) bool on the worker's device."""
-    setup, population = worker.setup(trained.configs.get(choice.pool, trained.config)), worker.population
+def informed_masks(worker: Worker, user_ids: UserIds, examples: Batch) -> Tensor:
+    """The population's best masks given these examples, (U, G) bool on the worker's device."""
+    population = worker.population
     assert isinstance(population, Teacher), population.name
-    seen = moved(known_of(setup, worker, user_ids, choice.windows, choice.budget).examples, CPU)
     with making_tensors_on(CPU):
-        return moved(population.informed_mask(user_ids, seen), worker.device)
+        return moved(population.informed_mask(user_ids, moved(examples, CPU)), worker.device)
 
 
 def serve_block(

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 
 from client.gate_round import UserDraws, propose
-from client.policies import Known
+from client.policies import Known, Signals
 from client.rewards import Adaptation, MaskReward
 from client.round import round_data
 from federation.config import EstimatorConfig, GateConfig, RunConfig, load_config
@@ -111,7 +111,7 @@ def given(situation: Situation, kind: DistributionKind) -> Given:
     uniform_ug = streams.uniform("mask", ids, (setup.model.spec.units,))
     examples = data.support.window(0, situation.config.local.gain_examples)
     reward = MaskReward(setup.model, values, data.query, setup.local.quality, Adaptation((), 0, 0.0))
-    proposed = propose(reward, Known(examples, embedding_ue, uniform_ug, gate.budget), gate)
+    proposed = propose(Known(Signals(setup.model, values, examples, gate.budget), embedding_ue, uniform_ug), gate)
     assert isinstance(proposed.distribution, Bernoulli | FixedBudget)
     return Given(proposed.distribution, proposed.exploration, reward, lambda n: UserDraws(streams.at("draw", n), ids))
 

@@ -5,6 +5,8 @@ Masks and tuning are compared with a loop over users in plain PyTorch in tests/s
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -15,18 +17,20 @@ from client.personal import (
     ActiveRows,
     Tuning,
     active_rows,
+    known_of,
     personal_schema,
     personal_sections,
     personal_values,
     personalised,
-    proposed_masks,
+    proposed_mask,
     served_rows,
     task_masks,
     tuning_of,
 )
 from federation.codec import decode_personal, encode_personal
-from federation.config import PersonalConfig
+from federation.config import PersonalConfig, Policy
 from federation.formats import RowFormat, quantise
+from federation.streams import UserIds
 from simulations.compute.worker import Worker
 from simulations.setup import Setup
 from tests.simulations.tiny import tiny_config
@@ -54,16 +58,24 @@ class House:
         return self.task.model.spec
 
 
+def proposed_masks(house: House, ids: UserIds, windows: int = 8, budget: int = 2) -> dict[Policy, Tensor]:
+    known = known_of(house.task, house.values, house.worker, ids, windows, budget)
+    policies = [
+        policy for policy in get_args(Policy) if policy != "all" and (policy != "gate" or "gate" in house.values)
+    ]
+    return {policy: proposed_mask(house.task, known, ids, policy) for policy in policies}
+
+
 @pytest.fixture(scope="module")
 def house() -> House:
     return House()
 
 
 def test_masks_of_a_block_are_those_of_each_user_alone(house: House) -> None:
-    together = proposed_masks(house.task, house.values, house.worker, IDS, 8, 2)
+    together = proposed_masks(house, IDS)
     assert set(together) == {"gate", "saliency", "magnitude", "random"}
     for u, user_id in enumerate(IDS):
-        alone = proposed_masks(house.task, house.values, house.worker, np.array([user_id]), 8, 2)
+        alone = proposed_masks(house, np.array([user_id]))
         for name, mask_ug in together.items():
             assert torch.equal(mask_ug[u], alone[name][0])
             assert mask_ug.view(len(IDS), -1, house.spec.rank).sum(2).eq(2).all()
@@ -83,12 +95,12 @@ def test_saliency_takes_the_largest_gains_on_the_first_support_examples(house: H
     gain_ug = torch.stack([loss_u(even - step * unit) - loss_u(even + step * unit) for unit in torch.eye(units)], 1)
     largest = gain_ug.view(len(IDS), -1, 8).topk(2).indices
     expected = torch.zeros(len(IDS), 2, 8, dtype=torch.bool).scatter(2, largest, True).flatten(1)
-    assert torch.equal(proposed_masks(house.task, house.values, house.worker, IDS, 8, 2)["saliency"], expected)
+    assert torch.equal(proposed_masks(house, IDS)["saliency"], expected)
 
 
 @pytest.mark.parametrize("budget", [1, 3, 6])
 def test_one_gate_serves_any_budget(house: House, budget: int) -> None:
-    for mask_ug in proposed_masks(house.task, house.values, house.worker, IDS, 8, budget).values():
+    for mask_ug in proposed_masks(house, IDS, 8, budget).values():
         assert mask_ug.view(len(IDS), -1, house.spec.rank).sum(2).eq(budget).all()
 
 
@@ -96,11 +108,11 @@ def test_a_rebuilt_embedding_follows_the_users_own_examples(house: House) -> Non
     """Each user's is rebuilt from its own examples alone, and it moves who is known by them alone."""
     changes = ("gate.rebuild=3", "gate.embedding_rate=300.0")
     rebuilding = House(*changes)
-    plain = proposed_masks(house.task, house.values, house.worker, IDS, 8, 2)["gate"]
-    rebuilt = proposed_masks(rebuilding.task, rebuilding.values, rebuilding.worker, IDS, 8, 2)["gate"]
+    plain = proposed_masks(house, IDS)["gate"]
+    rebuilt = proposed_masks(rebuilding, IDS)["gate"]
     assert not torch.equal(plain, rebuilt)
     for u, user_id in enumerate(IDS):
-        alone = proposed_masks(rebuilding.task, rebuilding.values, rebuilding.worker, np.array([user_id]), 8, 2)
+        alone = proposed_masks(rebuilding, np.array([user_id]))
         assert torch.equal(rebuilt[u], alone["gate"][0])
 
 
@@ -108,10 +120,10 @@ def test_a_rebuilt_embedding_follows_the_users_own_examples(house: House) -> Non
 def test_a_policy_proposes_its_own_masks(policy: str) -> None:
     house = House(f"gate.policy='{policy}'")
     found = task_masks(house.task, house.values, house.worker, IDS)
-    proposals = proposed_masks(house.task, house.values, house.worker, IDS, 8, 2)
+    proposals = proposed_masks(house, IDS)
     expected = torch.ones(3, house.spec.units, dtype=torch.bool) if policy == "all" else proposals[policy]
     assert torch.equal(found, expected)
-    others = proposed_masks(house.task, house.values, house.worker, IDS, 4, 2)
+    others = proposed_masks(house, IDS, 4)
     assert policy in ("magnitude", "random", "all") or not torch.equal(others[policy], expected)
 
 

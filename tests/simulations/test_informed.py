@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from client.personal import proposed_masks
+from client.personal import known_of
 from federation.config import RunConfig
 from federation.data.population import Batch, Part
 from federation.errors import ConfigError, PopulationError
@@ -272,7 +272,7 @@ def test_new_users_are_served_the_best_masks_given_what_a_policy_sees(tmp_path: 
             return drawn[-1]
 
     for windows, name in ((2, "informed_mask[windows=2]"), (8, "informed_mask")):
-        proposed_masks(setup, setup.begin().values, Watched(), ids, windows, 2)
+        known_of(setup, setup.begin().values, Watched(), ids, windows, 2)
         expected = population.informed_mask(ids, drawn[-1])
         assert drawn[-1].weight.shape == (8, windows)
         assert evaluation.masks[Choice("informed", "pool", windows, 2)].equal(expected)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from client.personal import proposed_masks
-from federation.config import RunConfig, load_config
+from client.personal import known_of, proposed_mask
+from federation.config import Policy, RunConfig, load_config
 from federation.data.population import Population
 from federation.errors import ConfigError, RunError
 from federation.state import GATE_SECTION
@@ -158,9 +158,10 @@ def test_methods_are_served_what_their_federation_proposes(finished: Run) -> Non
     worker, ids = Worker(config), evaluation.user_ids
     setups = {name: worker.setup(federation) for name, federation in federations_of(config).items()}
 
-    def proposed(pool: str, windows: int, budget: int, policy: str) -> torch.Tensor:
+    def proposed(pool: str, windows: int, budget: int, policy: Policy) -> torch.Tensor:
         values = final(finished, pool)
-        return proposed_masks(setups[pool], values, worker, ids, windows, budget)[policy]  # type: ignore[index]
+        known = known_of(setups[pool], values, worker, ids, windows, budget)
+        return proposed_mask(setups[pool], known, ids, policy)
 
     gate = proposed("own", 8, 2, "gate")
     expected = {
