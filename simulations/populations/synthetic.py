@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from federation.pool.spec import PoolSpec
 from federation.streams import Streams, UserIds
 from simulations.populations.habits import Arrangement, Groups, Singles, highest, module_ups, swapped
 from simulations.populations.posterior import Noise, log_evidence, posterior_chances, prior_chances, residuals_of
-from simulations.populations.teacher import Chain, Parallel, hidden_features, hit_rate, squared_loss
+from simulations.populations.teacher import Chain, Parallel, hidden_features, hit_rate, log_loss, squared_loss
 
 Kind = Literal["network", "additive", "interacting"]
 
@@ -67,6 +67,7 @@ class SyntheticPopulation:
         a network.
     outliers: share of examples whose targets are corrupted, by noise of standard deviation 20.
     hit: mean squared error over outputs up to which an example counts as right, for the quality "accuracy".
+    loss: of the base, half the mean squared error l over outputs, or log(1 + l), which outliers hardly move.
     examples: what a user owns in each part.
 
     The accuracy has no gradient, and the same best mask as the loss. An example's error is its noise plus what a mask
@@ -94,6 +95,7 @@ class SyntheticPopulation:
     late_types: int = 0
     outliers: float = 0.0
     hit: float = 1.0
+    loss: Literal["squared", "log"] = "squared"
 
     name = "synthetic"
 
@@ -116,9 +118,9 @@ class SyntheticPopulation:
 
     def _check_units(self) -> None:
         """The pool must fit its budget and the base. Raises ConfigError."""
-        kinds = ("network", "additive", "interacting")
-        if self.kind not in kinds:
-            raise ConfigError(f"kind is one of {kinds}, got {self.kind!r}")
+        for name, known in (("kind", get_args(Kind)), ("loss", ("squared", "log"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is one of {known}, got {getattr(self, name)!r}")
         if self.kind == "network" and self.distractors:
             raise ConfigError(
                 f"distractors need kind = 'additive' or 'interacting', got {self.distractors} in a network"
@@ -178,7 +180,7 @@ class SyntheticPopulation:
     def base_model(self) -> BaseModel:
         return BaseModel(
             module=self._teacher.network(),
-            loss=squared_loss,
+            loss=log_loss if self.loss == "log" else squared_loss,
             features=hidden_features,
             feature_width=self._teacher.feature_width,
             target_modules=tuple(m.name for m in self.pool_spec().modules),

@@ -69,6 +69,11 @@ def squared_loss(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     return 0.5 * F.mse_loss(module(inputs), targets, reduction="none").mean(1)
 
 
+def log_loss(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """log(1 + squared_loss), (B,): an example that is far off counts little more than one that is off."""
+    return squared_loss(module, inputs, targets).log1p()
+
+
 def hit_rate(hit: float) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
     """A quality without a gradient: 1 where the mean squared error over outputs is at most `hit`, else 0, (B,)."""
 
