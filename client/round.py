@@ -69,7 +69,8 @@ def local_round(
     """Masks, S inner steps on the active rows, rewards and gate gradients of U users; their updates and new state.
 
     `streams` is the round's. The update's pool sections hold trained minus given rows of the active units, its gate
-    section the ascent gradient of the expected reward (with the pool as it was given), its load section the mask.
+    section the ascent gradient of the expected reward (with the pool as it was given), its load section the mask that
+    the gate finds likeliest.
     """
     gate, values = rule.gate, state.values
     chosen = _choose(model, state, users, data, rule, streams)
@@ -140,7 +141,7 @@ def _gate_choice(
         mask_ug = found.mask_ug
     else:
         mask_ug = draw(proposed, draws)
-    sent[LOAD_SECTION] = mask_ug.float() - values[LOAD_SECTION]
+    sent[LOAD_SECTION] = likely_ug.float() - values[LOAD_SECTION]
     if gate.reward.target is not None:
         sent[PRICE_SECTION] = off_target(likely_ug, gate.reward.target)
     return _Choice(mask_ug, embedding_ue, sent, metrics)

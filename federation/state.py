@@ -36,7 +36,7 @@ def gate_spec(model: PooledModel, config: GateConfig) -> GateSpec:
 
 def schema_of(pool: PoolSpec, gate: GateSpec, config: GateConfig) -> Schema:
     """What a user may send: at most its budget of units per module and, where a gate is trained, one row each for the
-    gate (an ascent gradient), the load (how often each unit is chosen: the user's mask minus the mean so far) and the
+    gate (an ascent gradient), the load (how often the gate gives each unit: the likeliest mask minus the mean so far) and the
     price (the logarithm of lambda, if it is steered: how far the user's share of active units is off the target)."""
     sections = pool.sections(max_rows=config.max_rows(pool.rank))
     if config.policy == "gate":

@@ -15,10 +15,12 @@ from client.store import UserStore
 from federation import masks
 from federation.cohorts import draw_cohort
 from federation.config import RunConfig
+from federation.data.registry import make_population
 from federation.errors import CheckpointError, FedquiltWarning
 from federation.state import GATE_SECTION, LOAD_SECTION, PRICE_SECTION
 from server.checkpoint import save
 from simulations.federate import last_checkpoint, load_state, read_history
+from simulations.setup import first_pool
 from tests.simulations.tiny import Interrupt, interrupt_at, simulate, tiny_config, tiny_setup
 
 
@@ -49,8 +51,12 @@ def masks_of_round_2(config: RunConfig, folder: Path) -> torch.Tensor:
         return masks.unpack(store.read(cohort, before_round=3).mask_ub, setup.model.spec.units)
 
 
-def test_the_load_is_the_running_mean_of_the_masks_that_were_trained(tmp_path: Path) -> None:
-    config = tiny_config("strategy.name=fedavg", "federation.rounds=2", "gate.distribution=bernoulli")
+SURE = ("gate.distribution=bernoulli", "gate.initial_alpha=1e6", "gate.exploration=0.0")
+"""Of a gate that is so sure that the masks it draws are those that it finds likely."""
+
+
+def test_the_load_is_the_running_mean_of_the_masks_that_the_gate_finds_likely(tmp_path: Path) -> None:
+    config = tiny_config("strategy.name=fedavg", "federation.rounds=2", *SURE)
     simulate(config, tmp_path)
     mask_ug = masks_of_round_2(config, tmp_path)
     load = load_state(tiny_setup(config), tmp_path).values[LOAD_SECTION]
@@ -61,10 +67,8 @@ def test_the_load_is_the_running_mean_of_the_masks_that_were_trained(tmp_path: P
 
 @pytest.mark.parametrize("target", [0.1, 0.6])
 def test_a_price_follows_how_far_the_share_of_active_units_is_off_its_target(tmp_path: Path, target: float) -> None:
-    """The gate is so sure that the masks it draws are those that it finds likely."""
     reward = f"gate.reward={{price = 0.01, target = {target}, price_rate = 0.3}}"
-    sure = ("gate.distribution=bernoulli", "gate.initial_alpha=1e6", "gate.exploration=0.0")
-    config = tiny_config("strategy.name=fedavg", "federation.rounds=2", reward, *sure)
+    config = tiny_config("strategy.name=fedavg", "federation.rounds=2", reward, *SURE)
     simulate(config, tmp_path)
     share_u = masks_of_round_2(config, tmp_path).double().mean(1)
     off = ((share_u - target) / share_u.clamp(min=target)).mean()
@@ -97,3 +101,35 @@ def test_a_checkpoint_of_an_older_version_is_refused_with_what_to_do(tmp_path: P
     for again in (lambda: simulate(config, tmp_path, resume=True), lambda: load_state(tiny_setup(config), tmp_path)):
         with pytest.raises(CheckpointError, match=wanted):
             again()
+
+
+def test_units_that_a_gate_has_given_up_are_tried_and_taken_up_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate begins sure that nobody wants the first unit of each module, and some users do."""
+    config = tiny_config(
+        "population.options={train_users=200, new_users=8, kind='additive', widths=[8, 8, 8], rank=8, budget=2, types=4}",
+        "pool={rank=8, scale=1.0, start='teacher'}",
+        "gate={budget=2, warmup=0, every=1, samples=4, factors=4, exploration=0.3}",
+        "local={train='nothing', steps=1, examples=4, gain_examples=8, query_examples=16}",
+        "gate_optimizer.learning_rate=0.05",
+        "federation={rounds=60, cohort=32, shards=1}",
+        "compute={workers=0, block=32}",
+    )
+    setup = tiny_setup(config)
+    begin = {**setup.begin().values, **first_pool(config, make_population(config.population))}
+
+    def prejudiced(*_: object) -> dict[str, torch.Tensor]:
+        values = {name: rows.clone() for name, rows in begin.items()}
+        parts = setup.gate.parts(values[GATE_SECTION])
+        parts["module_factor"].fill_(1.0)
+        parts["rank_factor"].zero_()[0] = -3.0
+        parts["output_bias"].fill_(1.0)
+        return values
+
+    monkeypatch.setattr("simulations.setup.initial_values", prejudiced)
+    simulate(config, tmp_path)
+    metrics = [line["metrics"] for line in read_history(tmp_path)]
+    assert metrics[4]["unused_share"] == 2 / 16
+    assert metrics[-1]["unused_share"] == 0
+    assert sum(line["revived"] for line in metrics) >= 2
