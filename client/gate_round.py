@@ -1,7 +1,7 @@
 """The gate's part of a user's round: which mask U users train, and what they send for the gate.
 
-What leaves a user is a gradient of the gate's parameters, the mask that it trains, and how far its share of active
-units is off a target. Its embedding and the rewards of single masks stay.
+What leaves a user is a gradient of the gate's parameters, from which who reads it can work out what the gate was told
+of the user; the mask that it would be served; and how far its share of active units is off a target.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from client.policies import Known, distribution_of, gate_logits, gate_state
-from client.rewards import MaskReward, unit_costs
+from client.rewards import Adaptation, MaskReward, unit_costs
 from federation.config import GateConfig
 from federation.estimators.protocol import Draws, Estimate, Estimator
+from federation.estimators.registry import checked
 from federation.estimators.terms import balance, entropy_bonus, price
 from federation.exploration import Exploration, rarely_used
 from federation.gate import GateState
 from federation.mask_distribution import MaskDistribution
+from federation.qualities import Quality
 from federation.state import GATE_SECTION, LOAD_SECTION, PRICE_SECTION, gate_spec
 from federation.streams import Streams, UserIds
 from federation.update import Section, Values
@@ -38,20 +40,27 @@ class UserDraws:
 
 @dataclass(frozen=True)
 class Proposed:
-    """What the gate knew of U users, and the masks that it finds likely."""
+    """What the gate knew of U users, and the masks that it finds likely.
+
+    overflows_u: (U,) bool, whose data gave logits that are no numbers. Such a user's masks are as likely as each other.
+    """
 
     state: GateState
     distribution: MaskDistribution
     exploration: Exploration
+    overflows_u: Tensor
 
 
 def propose(known: Known, gate: GateConfig) -> Proposed:
     """The gate's distribution over each user's masks."""
     signals, state = known.signals, gate_state(known, gate)
     modules, budget = len(signals.model.spec.modules), signals.budget
-    distribution = distribution_of(gate_logits(signals, state, gate), modules, gate, budget)
-    toward = distribution_of(rarely_used(signals.values[LOAD_SECTION][0]), modules, gate, budget)
-    return Proposed(state, distribution, Exploration(gate.exploration, toward))
+    logits_ug = gate_logits(signals, state, gate)
+    overflows_u = ~logits_ug.isfinite().all(1)
+    distribution = distribution_of(logits_ug.masked_fill(overflows_u[:, None], 0.0), modules, gate, budget)
+    toward = rarely_used(signals.values[LOAD_SECTION][0], signals.share)
+    exploring = distribution_of(toward, modules, gate, budget)
+    return Proposed(state, distribution, Exploration(gate.exploration, exploring), overflows_u)
 
 
 def draw(proposed: Proposed, draws: Draws) -> Tensor:
@@ -67,7 +76,12 @@ def estimate(
     """The estimate of the reward's gradient; and with the price, the entropy and the load balance, each user's
     gradients with respect to phi (U, |phi|) and to its embedding (U, E)."""
     model, values = reward.model, reward.values
-    found = estimator.estimate(proposed.distribution, reward, proposed.exploration, gate.samples, draws)
+    found = checked(
+        estimator.estimate(proposed.distribution, reward, proposed.exploration, gate.samples, draws),
+        proposed.distribution,
+        gate.samples,
+        gate.estimator.name,
+    )
     gamma_ug = found.gamma_ug
     if gate.reward.price:
         costs = unit_costs(model.spec, gate.reward)
@@ -85,8 +99,13 @@ def moved(embedding_ue: Tensor, gradient_ue: Tensor, gate: GateConfig) -> Tensor
     return torch.where(moved_ue.isfinite().all(1, keepdim=True), moved_ue, embedding_ue)
 
 
-def rebuilt(reward: MaskReward, known: Known, estimator: Estimator, gate: GateConfig, draws: UserDraws) -> Known:
-    """What is known of users whose embedding is not: it takes `gate.rebuild` steps along its policy gradient."""
+def rebuilt(known: Known, quality: Quality, estimator: Estimator, gate: GateConfig, draws: UserDraws) -> Known:
+    """What is known of users whose embedding is not: it takes `gate.rebuild` steps along its policy gradient.
+
+    Rewards are those on the examples that the policy sees, since a device that is served has no others.
+    """
+    signals = known.signals
+    reward = MaskReward(signals.model, signals.values, signals.examples, quality, Adaptation((), 0, 0.0))
     for step in range(gate.rebuild):
         fresh = replace(draws, streams=draws.streams.at("rebuild", step))
         _, _, gradient_ue = estimate(reward, propose(known, gate), estimator, gate, fresh)
@@ -95,12 +114,8 @@ def rebuilt(reward: MaskReward, known: Known, estimator: Estimator, gate: GateCo
 
 
 def off_target(mask_ug: Tensor, target: float) -> Tensor:
-    """How far a user's share of active units is off the target, within (-1, 1): (U, G) bool -> (U, 1).
-
-    (share - target) / the larger of both, so that no share, however far off, moves the price by more than its rate.
-    """
-    share_u1 = mask_ug.float().mean(1, keepdim=True)
-    return (share_u1 - target) / share_u1.clamp_min(target)
+    """How far a user's share of active units is above the target: (U, G) bool -> (U, 1)."""
+    return mask_ug.float().mean(1, keepdim=True) - target
 
 
 def dense_sections(values: Values, rows: Mapping[str, Tensor], users: int) -> dict[str, Section]:

@@ -16,7 +16,6 @@ from torch import Tensor
 from client.adapt import Adam, Rows
 from client.gate_round import UserDraws, rebuilt
 from client.policies import Known, Signals, policy_masks
-from client.rewards import Adaptation, MaskReward
 from client.task import Task
 from federation.config import PersonalConfig, Policy
 from federation.data.population import Examples
@@ -58,16 +57,16 @@ def known_of(task: Task, values: Values, examples: Examples, user_ids: UserIds, 
     support = examples.batch(user_ids, "support", windows, streams.at("gain"))
     unknown_ue = support.weight.new_zeros(len(user_ids), gate.embedding)
     uniform_ug = streams.uniform("random mask", user_ids, (task.model.spec.units,))
-    return Known(Signals(task.model, values, support, budget), unknown_ue, uniform_ug)
+    signals = Signals(task.model, values, support, budget, gate.share(budget, task.model.spec.rank))
+    return Known(signals, unknown_ue, uniform_ug)
 
 
 def proposed_mask(task: Task, known: Known, user_ids: UserIds, policy: Policy) -> Tensor:
     """One policy's mask of each user, (U, G) bool."""
-    gate, local = task.config.gate, task.local
+    gate = task.config.gate
     if policy == "gate" and gate.rebuild:
-        nothing = Adaptation((), 0, 0.0)
-        reward = MaskReward(task.model, known.signals.values, known.signals.examples, local.quality, nothing)
-        known = rebuilt(reward, known, local.estimator, gate, UserDraws(task.streams.at(STREAM), user_ids))
+        local, draws = task.local, UserDraws(task.streams.at(STREAM), user_ids)
+        known = rebuilt(known, local.quality, local.estimator, gate, draws)
     return policy_masks(policy, known, gate)
 
 

@@ -11,6 +11,7 @@ Random masks, in which all units are equally likely, need no logits.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,18 +33,14 @@ from federation.update import Values
 class Signals:
     """What the frozen model and the pool say of U users' examples. Each signal is computed once, when first asked for.
 
-    budget: active units asked for, per module.
+    budget: active units asked for, per module. share: of all units that are asked for.
     """
 
     model: PooledModel
     values: Values
     examples: Batch
     budget: int
-
-    @property
-    def share(self) -> float:
-        """Of the active units that are asked for."""
-        return self.budget / self.model.spec.rank
+    share: float
 
     @cached_property
     def features_uf(self) -> Tensor:
@@ -91,9 +88,8 @@ def gate_state(known: Known, gate: GateConfig) -> GateState:
 
 
 def gate_logits(signals: Signals, state: GateState, gate: GateConfig) -> Tensor:
-    """(U, G). Zero for a user whose data overflow: admission refuses what that user sends."""
-    logits_ug = gate_spec(signals.model, gate).logits(signals.values[GATE_SECTION], state)
-    return logits_ug.nan_to_num(0.0, 0.0, 0.0)
+    """(U, G); not finite for a user whose data overflow."""
+    return gate_spec(signals.model, gate).logits(signals.values[GATE_SECTION], state)
 
 
 def policy_masks(policy: Policy, known: Known, gate: GateConfig) -> Tensor:
@@ -102,13 +98,15 @@ def policy_masks(policy: Policy, known: Known, gate: GateConfig) -> Tensor:
     spec = signals.model.spec
     if policy == "all":
         return torch.ones(signals.examples.users, spec.units, dtype=torch.bool)
-    if policy == "random":
-        return random_masks(spec, known.uniform_ug, gate, signals.budget)
     if policy == "gate":
         logits_ug = gate_logits(signals, gate_state(known, gate), gate)
-    else:
-        logits_ug = signals.gain_ug if policy == "saliency" else signals.magnitude_ug
-    return distribution_of(logits_ug, len(spec.modules), gate, signals.budget).mode()
+        return distribution_of(logits_ug.nan_to_num(0.0), len(spec.modules), gate, signals.budget).mode()
+    logits: Mapping[Policy, Callable[[], Tensor]] = {
+        "saliency": lambda: signals.gain_ug,
+        "magnitude": lambda: signals.magnitude_ug,
+        "random": lambda: known.uniform_ug,
+    }
+    return highest(logits[policy](), spec, gate, signals.budget, signals.share)
 
 
 def distribution_of(logits_ug: Tensor, modules: int, gate: GateConfig, budget: int) -> MaskDistribution:
@@ -120,8 +118,11 @@ def distribution_of(logits_ug: Tensor, modules: int, gate: GateConfig, budget: i
     return FixedBudget(logits_ug, modules, budget)
 
 
-def random_masks(spec: PoolSpec, uniform_ug: Tensor, gate: GateConfig, budget: int) -> Tensor:
-    """A mask for each user in which all units are equally likely, (U, G) bool. A Bernoulli one has that share too."""
+def highest(logits_ug: Tensor, spec: PoolSpec, gate: GateConfig, budget: int, share: float) -> Tensor:
+    """The masks of the highest logits, (U, G) bool: as many units as the configured distribution has on average.
+
+    That is a share of all units for independent ones, whose logits have no meaningful zero where nothing was learned.
+    """
     if gate.distribution == "bernoulli":
-        return uniform_ug < budget / spec.rank
-    return distribution_of(uniform_ug, len(spec.modules), gate, budget).mode()
+        return FixedBudget(logits_ug, 1, max(1, round(share * spec.units))).mode()
+    return distribution_of(logits_ug, len(spec.modules), gate, budget).mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from client.adapt import sgd
 from client.gate_round import UserDraws, dense_sections, draw, estimate, moved, off_target, propose, rebuilt
-from client.policies import Known, Signals, policy_masks, random_masks
+from client.policies import Known, Signals, highest, policy_masks
 from client.rewards import Adaptation, MaskReward
 from client.state import UserBlock
 from federation import masks
@@ -104,10 +105,11 @@ def _choose(
     budget = _drawn("budget", gate.budgets, gate.budget, streams)
     window = _drawn("window", gate.windows, rule.local.gain_examples, streams)
     draws = UserDraws(streams, users.ids)
-    signals = Signals(model, values, data.support.window(0, window), budget)
+    share = gate.share(budget, model.spec.rank)
+    signals = Signals(model, values, data.support.window(0, window), budget, share)
     known = Known(signals, users.embedding_ue, draws.uniform("mask", (model.spec.units,)))
     if gate.policy == "gate" and not gate.chooses(state.round_index):
-        return _Choice(random_masks(model.spec, known.uniform_ug, gate, budget), users.embedding_ue)
+        return _Choice(highest(known.uniform_ug, model.spec, gate, budget, share), users.embedding_ue)
     if gate.policy != "gate":
         return _Choice(policy_masks(gate.policy, known, gate), users.embedding_ue)
     return _gate_choice(model, state, users, data, known, rule, draws)
@@ -125,13 +127,13 @@ def _gate_choice(
     gate, local, values = rule.gate, rule.local, state.values
     adaptation = Adaptation(_batches(data.support, local), gate.reward.steps, local.learning_rate)
     reward = MaskReward(model, values, data.query, rule.quality, adaptation)
-    if gate.rebuild and (new_u := users.visits_u == 0).any():
-        before = replace(reward, query=data.support)  # a device may rebuild it with no more than it adapts on
-        anew = rebuilt(before, known, rule.estimator, gate, draws)
-        known = replace(known, embedding_ue=torch.where(new_u[:, None], anew.embedding_ue, known.embedding_ue))
+    if gate.rebuild and (unknown_u := ~users.embedding_ue.any(1)).any():
+        anew_ue = rebuilt(known, rule.quality, rule.estimator, gate, draws).embedding_ue
+        known = replace(known, embedding_ue=torch.where(unknown_u[:, None], anew_ue, known.embedding_ue))
     proposed = propose(known, gate)
     likely_ug = proposed.distribution.mode()
-    metrics = {"gate_entropy": proposed.distribution.entropy_share()}
+    entropy_u = proposed.distribution.entropy_share()  # not a number of a user whom admission shall refuse
+    metrics = {"gate_entropy": entropy_u.masked_fill(proposed.overflows_u, math.nan)}
     sent, embedding_ue = {}, known.embedding_ue
     if gate.learns(state.round_index):
         found, sent[GATE_SECTION], embedding_gradient_ue = estimate(reward, proposed, rule.estimator, gate, draws)

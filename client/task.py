@@ -9,7 +9,7 @@ from client.round import LocalRule
 from client.state import RecordLayout
 from federation.base import BaseModel
 from federation.config import CodecConfig, PoolConfig, Precision, TaskConfig
-from federation.estimators.registry import check_estimator, make_estimator
+from federation.estimators.registry import estimator_of
 from federation.formats import RowFormat
 from federation.gate import GateSpec
 from federation.pool.model import PooledModel
@@ -40,10 +40,7 @@ class Task:
         """Raises ConfigError for an estimator that does not suit the masks or the reward."""
         gate = self.config.gate
         quality = make_quality(gate.reward.quality)
-        estimator = make_estimator(gate.estimator, gate.distribution)
-        if gate.policy == "gate":
-            check_estimator(estimator, gate.estimator.name, gate.distribution, gate.samples, quality.differentiable)
-        return LocalRule(gate, self.config.local, estimator, quality)
+        return LocalRule(gate, self.config.local, estimator_of(gate, quality.differentiable), quality)
 
     @property
     def streams(self) -> Streams:

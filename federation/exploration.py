@@ -51,13 +51,19 @@ class Exploration:
         return log_pi - torch.logaddexp(log_pi + torch.log1p(-share), explored)
 
 
-def rarely_used(load_g: Tensor) -> Tensor:
-    """Logits (1, G) that favour units by how rarely they are used: log(mean load / load), at most log 11.
+def rarely_used(load_g: Tensor, share: float) -> Tensor:
+    """Logits (1, G) that favour units by how rarely they are used: log(mean load / load), at most log 11, and a shift.
 
-    load_g: how often each unit is chosen, as any measure that is zero for never; below zero (privacy adds noise)
-    counts as zero. Equal loads give equal logits, so do loads of zero.
+    load_g: how often each unit is chosen, as any measure that is zero for never. Equal loads give equal logits, so do
+    loads of zero. share: of units that are active on average where each is active on its own; the shift sees to it.
     """
-    load_g = load_g.clamp_min(0)
-    mean = load_g.mean()
+    used_g = load_g.clamp_min(0.0)
+    mean = used_g.mean()
     floor = 0.1 * mean + torch.finfo(load_g.dtype).tiny
-    return ((mean + floor) / (load_g + floor)).log()[None]
+    logits_g = ((mean + floor) / (used_g + floor)).log()
+    low, high = logits_g.new_tensor(-40.0), logits_g.new_tensor(40.0)
+    for _ in range(40):  # bisection: the mean of the probabilities grows with the shift
+        middle = (low + high) / 2
+        below = torch.sigmoid(logits_g + middle).mean() < share
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (logits_g + low)[None]

@@ -39,7 +39,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
@@ -158,17 +157,8 @@ class GateSpec:
         pieces = torch.split(phi, [math.prod(shape) for shape in self.shapes.values()], -1)
         return {name: piece.view(*phi.shape[:-1], *shape) for (name, shape), piece in zip(self.shapes.items(), pieces)}
 
-    def init(self, generator: torch.Generator, share: float) -> Tensor:
-        """Fresh parameters (1, |phi|) of a gate that is exactly alpha * (z - c).
-
-        share: of the units whose first logit is positive, if gains are normally distributed: c = Phi^-1(1 - share).
-        A share of 1 counts as 0.9999, so c is never below -3.72. Raises ConfigError unless 0 < share <= 1.
-        """
-        if not 0 < share <= 1:
-            raise ConfigError(
-                f"a gate begins with a share of active units within (0, 1], got {share}; "
-                "set a budget of at least 1, and at most the pool's rank"
-            )
+    def init(self, generator: torch.Generator, threshold: float) -> Tensor:
+        """Fresh parameters (1, |phi|) of a gate that is exactly alpha * (z - c), with this c."""
         phi = torch.zeros(1, self.size)
         parts = self.parts(phi)
         bound = 1.0 / math.sqrt(self.shapes["input_weight"][1])
@@ -177,7 +167,7 @@ class GateSpec:
             # The product of two has a standard deviation of 1 / sqrt(D), so e_g has a norm of about 1.
             parts[factor].normal_(0.0, self.factor_width**-0.25, generator=generator)
         parts["log_alpha"].fill_(math.log(self.initial_alpha))
-        parts["threshold"].fill_(-NormalDist().inv_cdf(min(share, 0.9999)))
+        parts["threshold"].fill_(threshold)
         return phi
 
     def logits(self, phi: Tensor, state: GateState) -> Tensor:

@@ -38,6 +38,15 @@ class MaskDistribution(Protocol):
         """Log-probability of each mask, in nats: (U, K, G) -> (U, K). A distribution of one user serves all."""
         ...
 
+    def log_prob_of_parts(self, masks_ukg: Tensor) -> Tensor:
+        """Log-probabilities that add up to each mask's: (U, K, G) -> (U, K, P), of P independent parts, each of
+        G / P units: of every unit or, under a fixed budget, of every module."""
+        ...
+
+    def check_masks(self, masks_ukg: Tensor) -> None:
+        """Raises MaskError for masks that the distribution cannot give: (U, K, G) bool."""
+        ...
+
     def inclusion(self) -> Tensor:
         """The probability that a unit is active: (U, G)."""
         ...
@@ -66,6 +75,10 @@ class MaskDistribution(Protocol):
         """The same kind of distribution with all logits zero: every possible mask is equally likely."""
         ...
 
+    def with_logits(self, logits_ug: Tensor) -> MaskDistribution:
+        """The same kind of distribution with other logits."""
+        ...
+
     def take(self, users: Tensor) -> MaskDistribution:
         """The distribution of some of the users, by position."""
         ...
@@ -90,8 +103,14 @@ class Bernoulli:
         return self.logits_ug > 0
 
     def log_prob(self, masks_ukg: Tensor) -> Tensor:
+        return self.log_prob_of_parts(masks_ukg).sum(2)
+
+    def log_prob_of_parts(self, masks_ukg: Tensor) -> Tensor:
         logits = self.logits_ug[:, None]
-        return F.logsigmoid(torch.where(masks_ukg, logits, -logits)).sum(2)
+        return F.logsigmoid(torch.where(masks_ukg, logits, -logits))
+
+    def check_masks(self, masks_ukg: Tensor) -> None:
+        """Nothing: every mask is possible."""
 
     def inclusion(self) -> Tensor:
         return torch.sigmoid(self.logits_ug)
@@ -119,6 +138,9 @@ class Bernoulli:
 
     def uniform(self) -> Bernoulli:
         return Bernoulli(torch.zeros_like(self.logits_ug))
+
+    def with_logits(self, logits_ug: Tensor) -> Bernoulli:
+        return Bernoulli(logits_ug)
 
     def take(self, users: Tensor) -> Bernoulli:
         return Bernoulli(self.logits_ug[users])
@@ -178,16 +200,23 @@ class FixedBudget:
 
     def log_prob(self, masks_ukg: Tensor) -> Tensor:
         """Raises MaskError for a mask that does not have `budget` units in every module."""
-        users, masks, _ = masks_ukg.shape
-        count_ukj = masks_ukg.view(users, masks, self.modules, self.rank).sum(3)
+        return self.log_prob_of_parts(masks_ukg).sum(2)
+
+    def log_prob_of_parts(self, masks_ukg: Tensor) -> Tensor:
+        """Raises MaskError as `log_prob` does."""
+        self.check_masks(masks_ukg)
+        log_e_uj = self._log_e_rml[0, self.budget].view(-1, self.modules)
+        chosen_ukg = masks_ukg * self.logits_ug[:, None]
+        return chosen_ukg.unflatten(2, (self.modules, self.rank)).sum(3) - log_e_uj[:, None]
+
+    def check_masks(self, masks_ukg: Tensor) -> None:
+        count_ukj = masks_ukg.unflatten(2, (self.modules, self.rank)).sum(3)
         if not bool((count_ukj == self.budget).all()):
             worst = count_ukj[count_ukj != self.budget][0].item()
             raise MaskError(
                 f"a mask of this distribution has {self.budget} units in each module, got one with {worst}; "
                 "was it drawn with another budget?"
             )
-        log_e_u = self._log_e_rml[0, self.budget].view(-1, self.modules).sum(1)
-        return (masks_ukg * self.logits_ug[:, None]).sum(2) - log_e_u[:, None]
 
     def inclusion(self) -> Tensor:
         return self._by_unit((self._reach_rml * self._choose_rml).sum(1))
@@ -222,10 +251,13 @@ class FixedBudget:
         return self._by_unit(products_rml.sum(1))
 
     def uniform(self) -> FixedBudget:
-        return FixedBudget(torch.zeros_like(self.logits_ug), self.modules, self.budget)
+        return self.with_logits(torch.zeros_like(self.logits_ug))
+
+    def with_logits(self, logits_ug: Tensor) -> FixedBudget:
+        return FixedBudget(logits_ug, self.modules, self.budget)
 
     def take(self, users: Tensor) -> FixedBudget:
-        return FixedBudget(self.logits_ug[users], self.modules, self.budget)
+        return self.with_logits(self.logits_ug[users])
 
     @cached_property
     def _log_e_rml(self) -> Tensor:

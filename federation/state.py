@@ -36,8 +36,8 @@ def gate_spec(model: PooledModel, config: GateConfig) -> GateSpec:
 
 def schema_of(pool: PoolSpec, gate: GateSpec, config: GateConfig) -> Schema:
     """What a user may send: at most its budget of units per module and, where a gate is trained, one row each for the
-    gate (an ascent gradient), the load (how often the gate gives each unit: the likeliest mask minus the mean so far) and the
-    price (the logarithm of lambda, if it is steered: how far the user's share of active units is off the target)."""
+    gate (an ascent gradient), the load (how often the gate gives each unit: the likeliest mask minus the mean so far)
+    and the price (log lambda, if it is steered: how far the user's share of active units is off the target)."""
     sections = pool.sections(max_rows=config.max_rows(pool.rank))
     if config.policy == "gate":
         sections[GATE_SECTION] = SectionSpec(rows=1, factors={"phi": gate.size}, max_rows=1)
@@ -61,22 +61,24 @@ def initial_values(pool: PoolSpec, gate: GateSpec, schema: Schema, config: GateC
     """Fresh values for every section of the schema. A Bernoulli gate begins at its target, or at the budget's share."""
     values = pool.init(streams.generator("pool"))
     if GATE_SECTION in schema.sections:
-        values[GATE_SECTION] = gate.init(streams.generator("gate"), _first_share(pool, config))
+        threshold = first_threshold(config.share(config.budget, pool.rank), config)
+        values[GATE_SECTION] = gate.init(streams.generator("gate"), threshold)
         values[LOAD_SECTION] = torch.zeros(1, pool.units)
     if PRICE_SECTION in schema.sections:
         values[PRICE_SECTION] = torch.full((1, 1), math.log(config.reward.price))
     return values
 
 
-def _first_share(pool: PoolSpec, config: GateConfig) -> float:
-    """What a fresh gate's threshold is set for: so that a Bernoulli mask has about the share asked for.
+def first_threshold(share: float, config: GateConfig) -> float:
+    """Where a fresh gate's Bernoulli mask has about this share of the units.
 
-    A threshold for normally distributed gains; without gains every unit is active with the same probability.
+    With gains, the share of a normal distribution that lies above it, at least -3.72 (a share of 0.9999). Without,
+    every unit's logit is minus alpha times it.
     """
-    share = config.reward.target or config.budget / pool.rank
-    if "gains" in config.inputs or share == 1:
-        return share
-    return 1 - NormalDist().cdf(math.log((1 - share) / share) / config.initial_alpha)
+    kept = min(share, 0.9999)
+    if "gains" in config.inputs:
+        return -NormalDist().inv_cdf(kept)
+    return math.log((1 - kept) / kept) / config.initial_alpha
 
 
 def version_of(values: Values, round_index: int) -> str:

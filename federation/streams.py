@@ -82,7 +82,8 @@ class Streams:
         """
         words = self.bits(purpose, user_ids, int(np.prod(shape)))
         values = ((words >> np.uint32(8)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-24)
-        return torch.as_tensor(values).view(len(user_ids), *shape)
+        below_one = np.minimum(values, np.float32(1 - 2.0**-24))  # the largest word rounds up to 1
+        return torch.as_tensor(below_one).view(len(user_ids), *shape)
 
     def integers(self, purpose: str, user_ids: UserIds, high_u: npt.ArrayLike, count: int) -> npt.NDArray[np.int64]:
         """Integers in [0, high_u). Shapes: user_ids (U,), high_u (U,) or (), result (U, count)."""

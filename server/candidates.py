@@ -50,8 +50,9 @@ def _pools(checkpoints: Path, config: RunConfig, rounds: set[int]) -> Iterator[P
         if round_index in rounds and (found := _usable(checkpoint.path_of(checkpoints, round_index))):
             if found.meta.get("config") != identity(config):
                 raise RunError(
-                    f"{checkpoints} and {CONFIG_NAME} beside it are of other configurations; "
-                    "restore the one that the run was started with"
+                    f"{checkpoints} and {CONFIG_NAME} beside it are of other configurations, or the run is an "
+                    "older version's; restore the file that the run was started with, or release it with the version "
+                    "that wrote it"
                 )
             yield PoolFile(round_index, found.tensors["values"], config.task)
 
@@ -71,8 +72,8 @@ def _config(run: Path) -> RunConfig:
         return parse(RunConfig, json.loads(path.read_bytes()))
     except (OSError, ValueError) as error:
         raise RunError(
-            f"a run's folder holds its configuration, {path} cannot be read ({error}); "
-            "give the folder of a run, or restore the file"
+            f"a run's folder holds its configuration, {path} cannot be read ({error}); give the folder of a run, or "
+            "restore the file; a run of an older version is released with the version that wrote it"
         ) from error
 
 

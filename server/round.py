@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from federation.config import OptimizerConfig, RunConfig
 from federation.errors import CheckpointError
-from federation.state import LOAD_SECTION, PRICE_SECTION, version_of
+from federation.state import version_of
 from federation.update import Limits, Rejections, Schema, UpdateBlock, Values, admit
 from server.checkpoint import Checkpoint
-from strategies.optimizers import Sgd
-from strategies.protocol import Optimizer, State, Step, Strategy, Tensors
+from server.tracked import TrackedByMean, largest_norms, tracking_optimizers
+from strategies.protocol import Optimizer, State, Strategy, Tensors
 from strategies.registry import make_optimizer, make_strategy
 
 T = TypeVar("T")
-
-LOAD_RATE = 0.1
-"""Of the units' load: it is the mean over some ten rounds, so one cohort's taste does not make a unit look unused."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +26,6 @@ class Rules:
     strategy: Strategy[Any]
     optimizers: Mapping[str, Optimizer]
     limits: Limits
-
-
-@dataclass(frozen=True)
-class RunningShare(Sgd):
-    """The running mean of what users have switched on, within [0, 1] whatever they send: clients take its logarithm."""
-
-    def step(self, values: Values, step: Step, state: Tensors) -> tuple[dict[str, Tensor], Tensors]:
-        moved, state = super().step(values, step, state)
-        return {name: share.clamp(0.0, 1.0) for name, share in moved.items()}, state
 
 
 @dataclass(frozen=True)
@@ -64,11 +49,15 @@ def rules_of(config: RunConfig, schema: Schema) -> Rules:
         prefix: _optimizer(wanted, config.federation.rounds)
         for prefix, wanted in (("pool", config.pool_optimizer), ("gate", config.gate_optimizer))
     }
-    tracked = {LOAD_SECTION: RunningShare(LOAD_RATE), PRICE_SECTION: Sgd(config.gate.reward.price_rate)}
-    optimizers |= {prefix: optimizer for prefix, optimizer in tracked.items() if prefix in schema.sections}
-    max_norm = {"pool": config.limits.pool_norm, "gate": config.limits.gate_norm, **_largest(schema)}
-    limits = Limits(max_norm, config.limits.weight, config.limits.absurd)
-    return Rules(schema, make_strategy(config.strategy.name, **config.strategy.options), optimizers, limits)
+    tracked = tracking_optimizers(config, schema)
+    strategy = make_strategy(config.strategy.name, **config.strategy.options)
+    max_norm = {"pool": config.limits.pool_norm, "gate": config.limits.gate_norm, **largest_norms(schema)}
+    return Rules(
+        schema=schema,
+        strategy=TrackedByMean(strategy) if tracked else strategy,
+        optimizers={**optimizers, **tracked},
+        limits=Limits(max_norm, config.limits.weight, config.limits.absurd),
+    )
 
 
 def frozen_factors(config: RunConfig, round_index: int) -> set[str]:
@@ -135,17 +124,6 @@ def _odd_parts(parts: Mapping[str, Tensors], rules: Rules) -> list[str]:
     odd = [f"values/{name}" for name, shape in wanted.items() if name not in values or values[name].shape != shape]
     needed = ("strategy", *(f"optimizer-{prefix}" for prefix in rules.optimizers))
     return odd + [part for part in needed if part not in parts]
-
-
-def _largest(schema: Schema) -> dict[str, float]:
-    """Norms that no honest user exceeds: a mask minus shares is within 1 in each of G units, and a share of active
-    units is off its target by at most 1."""
-    largest = {}
-    if LOAD_SECTION in schema.sections:
-        largest[LOAD_SECTION] = math.sqrt(schema.sections[LOAD_SECTION].width)
-    if PRICE_SECTION in schema.sections:
-        largest[PRICE_SECTION] = 1.0
-    return largest
 
 
 def _optimizer(wanted: OptimizerConfig, rounds: int) -> Optimizer:

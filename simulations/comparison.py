@@ -40,6 +40,7 @@ _NOT_A_SETTING = (
     "name",
     "kind",
     "evaluate.methods",
+    "evaluate.claims",
     *(f"{section}.{key}" for section, keys in FREE_SETTINGS.items() for key in keys),
 )
 _MASK_FIGURES = ("f1", "f1_of_type", "reward_share")
@@ -59,7 +60,7 @@ class MethodSummary:
 
     gain: over the base. over_dense: over `dense_lora`; None for itself, and where it was not measured.
     seed_gains: (S,) mean gain of each run. harmed: share of users and seeds with a negative gain.
-    active_share: of the units, mean over seeds and of each run.
+    active_share: of the units, mean over seeds and of each run. quality: likewise, None where it is the loss.
     """
 
     name: str
@@ -70,6 +71,8 @@ class MethodSummary:
     bytes_per_user: float
     active_share: float
     seed_active_shares: tuple[float, ...]
+    quality: float | None
+    seed_qualities: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,7 @@ def _method(name: str, gain_su: Mapping[str, Floats], groups_u: Groups, runs: Se
     if DENSE in gain_su and name != DENSE:
         over_dense = bootstrap(gain_u - gain_su[DENSE].mean(0), groups_u)
     active_s = tuple(run.record["methods"][name]["active_share"] for run in runs)
+    quality_s = tuple(q for run in runs if (q := run.record["methods"][name].get("quality")) is not None)
     return MethodSummary(
         name=name,
         gain=bootstrap(gain_u, groups_u),
@@ -206,6 +210,8 @@ def _method(name: str, gain_su: Mapping[str, Floats], groups_u: Groups, runs: Se
         bytes_per_user=float(np.mean([run.record["methods"][name]["bytes_per_user"] for run in runs])),
         active_share=float(np.mean(active_s)),
         seed_active_shares=active_s,
+        quality=float(np.mean(quality_s)) if quality_s else None,
+        seed_qualities=quality_s,
     )
 
 

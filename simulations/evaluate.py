@@ -30,12 +30,12 @@ from simulations.progress import Progress, Stage
 from simulations.serve import Plan, Served, Trained, propose_masks, serve_block
 from simulations.setup import Setup, Teacher
 from simulations.statistics import Floats
-from simulations.variants import MAIN
+from simulations.variants import MAIN, begins_as_the_teachers
 
 
 @dataclass(frozen=True)
 class MethodResult:
-    """One row of the table, by user. loss_u: bits per character."""
+    """One row of the table, by user. loss_u: bits per character. quality_u: as in `Served`."""
 
     method: Method
     learning_rate: float
@@ -44,6 +44,7 @@ class MethodResult:
     bytes_u: Floats
     active_share: float
     seconds_per_user: float
+    quality_u: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -95,23 +96,42 @@ def usual_choice(config: RunConfig) -> Choice:
 
 
 def check_methods(methods: Sequence[Method], population: Population, federations: Mapping[str, Setup]) -> None:
-    """Raises ConfigError when a method needs another population than this one: before anything is trained."""
+    """Raises ConfigError when a method needs another population, or another pool: before anything is trained."""
     check_caches(methods, population)
+    configs = {name: setup.config for name, setup in federations.items()}
     for method in methods:
-        if method.mask not in TEACHERS:
+        if method.mask not in (*TEACHERS, "informed"):
             continue
         if not isinstance(population, Teacher):
             raise ConfigError(
                 f"the method {method.name!r} needs a population with known best masks, {population.name!r} has none; "
                 "leave it out of evaluate.methods"
             )
-        units = federations[method.source].model.spec.units
-        known = population.best_mask(as_array(population.users("train")[:1])).shape[1]
+        if not begins_as_the_teachers(configs, method.source):
+            raise ConfigError(
+                f"best masks are of the teacher's units, the pool of {method.source!r} has units of its own, in "
+                f"{method.name!r}; set pool.start = 'teacher', or leave the method out"
+            )
+        setup = federations[method.source]
+        units, known = setup.model.spec.units, _known_units(method, population, setup)
         if units != known:
             raise ConfigError(
                 f"best masks are of {known} units, the pool of {method.source!r} has {units}, in {method.name!r}; "
                 "give the pool the population's rank and modules, or leave the method out"
             )
+
+
+def _known_units(method: Method, population: Population, setup: Setup) -> int:
+    """How many units the masks of a method are of. Raises ConfigError where the population does not know them."""
+    assert isinstance(population, Teacher), population.name
+    first = as_array(population.users("train")[:1])
+    if method.mask != "informed":
+        return population.best_mask(first).shape[1]
+    example = population.batch(first, "support", 1, setup.streams)
+    try:
+        return population.informed_mask(first, example).shape[1]
+    except PopulationError as error:
+        raise ConfigError(f"the method {method.name!r} cannot be measured here: {error}, or leave it out") from error
 
 
 def federated_users(population: Population, config: RunConfig) -> range | UserIds:
@@ -221,6 +241,7 @@ def _mean_loss(plan: Plan, trial: Sequence[Served]) -> float:
 
 def _result(plan: Plan, served: Sequence[Served], trial: Sequence[Served]) -> MethodResult:
     users = sum(len(s.loss_u) for s in served)
+    quality = [s.quality_u for s in served if s.quality_u is not None]
     return MethodResult(
         method=plan.method,
         learning_rate=plan.learning_rate,
@@ -229,4 +250,5 @@ def _result(plan: Plan, served: Sequence[Served], trial: Sequence[Served]) -> Me
         bytes_u=np.concatenate([s.bytes_u for s in served]).astype(np.float64),
         active_share=sum(s.active_share * len(s.loss_u) for s in served) / users,
         seconds_per_user=sum(s.seconds for s in served) / users,
+        quality_u=np.concatenate(quality) if quality else None,
     )

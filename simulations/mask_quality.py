@@ -9,15 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from federation.config import RunConfig
 from federation.data.population import Population
 from simulations.evaluate import Evaluation
 from simulations.populations.synthetic import f1
 from simulations.record import rounded
 from simulations.setup import Teacher
 from simulations.statistics import Floats
+from simulations.variants import begins_as_the_teachers
 
 
-def mask_quality(evaluation: Evaluation, population: Population) -> dict[str, dict[str, Any]]:
+def mask_quality(
+    evaluation: Evaluation, population: Population, federations: Mapping[str, RunConfig]
+) -> dict[str, dict[str, Any]]:
     """Of each method that is a mask alone, by its name: means over users, and over those of each type (`by_type`).
 
     f1, f1_of_type: F1 against the user's best mask, and against its type's. reward_share: how much the mask lowers
@@ -25,7 +29,8 @@ def mask_quality(evaluation: Evaluation, population: Population) -> dict[str, di
     the rows are the population's own, whatever a pool has become. The method `informed_mask` says how far a mask
     could come by what its policy sees.
 
-    Nothing where the population knows no best masks, and for a pool of other units than they are of.
+    Nothing where the population knows no best masks, and for a pool of other units than they are of: only the units
+    of a pool that begins as the teacher's are the teacher's.
     """
     if not isinstance(population, Teacher):
         return {}
@@ -47,7 +52,9 @@ def mask_quality(evaluation: Evaluation, population: Population) -> dict[str, di
     masks = {
         r.method.name: evaluation.masks[r.method.choice]
         for r in evaluation.results
-        if r.method.choice is not None and r.method.tuned == "nothing"
+        if r.method.choice is not None
+        and r.method.tuned == "nothing"
+        and begins_as_the_teachers(federations, r.method.source)
     }
     return {name: quality(mask_ug) for name, mask_ug in masks.items() if mask_ug.shape == best_ug.shape}
 

@@ -17,14 +17,10 @@ from typing import Literal
 
 from client.personal import Tuned
 from client.task import row_format
-from federation.config import PopulationConfig, RunConfig
-from federation.data.population import as_array
-from federation.data.registry import make_population
-from federation.errors import ConfigError, PopulationError
+from federation.config import RunConfig
+from federation.errors import ConfigError
 from federation.formats import RowFormat
 from federation.plugins import suggest
-from federation.streams import Streams
-from simulations.setup import Teacher, wrap
 from simulations.variants import MAIN, SHARED, federations_of
 
 UserRule = Literal["gate", "other", "saliency", "magnitude", "random", "best", "type", "informed"]
@@ -109,16 +105,11 @@ def methods_of(config: RunConfig) -> list[Method]:
     """The configured methods, in the table's order; "base" is always the first.
 
     Raises ConfigError for an unknown name, option or format, for options that do not fit the method or its
-    federation, for a gate's masks of a federation without a gate, and for masks given examples that the population
-    does not know.
+    federation, and for a gate's masks of a federation without a gate.
     """
     known, federations = known_methods(config), federations_of(config)
     chosen = ["base", *[name for name in config.evaluate.methods if name != "base"]]
-    methods = [_method(parsed_name(name), known, federations) for name in chosen]
-    for method in methods:
-        if method.mask == "informed":
-            _check_informed(method, config.population, federations[method.source])
-    return methods
+    return [_method(parsed_name(name), known, federations) for name in chosen]
 
 
 def known_methods(config: RunConfig) -> dict[str, Method]:
@@ -184,28 +175,6 @@ def _method(name: MethodName, known: Mapping[str, Method], federations: Mapping[
             f"{method.source!r}; set it to 'gate', name another pool or leave the method out"
         )
     return method
-
-
-def _check_informed(method: Method, settings: PopulationConfig, federation: RunConfig) -> None:
-    """Raises ConfigError where the population knows no best masks given examples, or none of the pool's units."""
-    population = make_population(settings)
-    if not isinstance(population, Teacher):
-        raise ConfigError(
-            f"the method {method.name!r} needs a population with known best masks, {population.name!r} has none; "
-            "leave it out of evaluate.methods"
-        )
-    first = as_array(population.users("train")[:1])
-    try:
-        example = population.batch(first, "support", 1, Streams(federation.seed))
-        known = population.informed_mask(first, example).shape[1]
-    except PopulationError as error:
-        raise ConfigError(f"the method {method.name!r} cannot be measured here: {error}, or leave it out") from error
-    units = wrap(federation, population.base_model()).spec.units
-    if units != known:
-        raise ConfigError(
-            f"best masks are of {known} units, the pool of {method.source!r} has {units}, in {method.name!r}; "
-            "give the pool the population's rank and modules, or leave the method out"
-        )
 
 
 def _with_options(method: Method, name: MethodName, federations: Mapping[str, RunConfig]) -> Method:

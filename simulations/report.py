@@ -224,7 +224,7 @@ def _what_left(record: Record) -> str:
     gate = record.get("config", {}).get("gate", {})
     if gate.get("policy") == "gate":
         sent.append("the gate's policy gradient of the user, which can reveal its private embedding")
-        sent.append("once more the numbers of these units, as its part in how often each unit is used (the load)")
+        sent.append("the units that it would be served, as its part in how often each unit is used (the load)")
         if gate.get("reward", {}).get("target") is not None:
             sent.append("how far the user's share of active units is off the target (the price)")
     metrics = dict.fromkeys(name for line in record.get("history", ()) for name in line)

@@ -40,7 +40,7 @@ from simulations.record import (
     write_json,
 )
 from simulations.serve import Trained
-from simulations.setup import first_pool, set_up, wrap
+from simulations.setup import Setup, first_pool, set_up, wrap
 from simulations.variants import MAIN as MAIN
 from simulations.variants import differing, federations_of
 
@@ -91,8 +91,9 @@ def _train_and_serve(
     prepare_base(config, progress)
     population = make_population(config.population)
     model = wrap(config, population.base_model())
+    setups = {name: set_up(federation, model) for name, federation in federations.items()}
+    check_setups(setups)
     if config.evaluate.methods:
-        setups = {name: set_up(federation, model) for name, federation in federations.items()}
         check_methods(methods_of(config), population, setups)
     _claim_population(out, population)
     workers = start_workers(config)
@@ -109,7 +110,16 @@ def _train_and_serve(
     finally:
         workers.close()
     seconds = before + time.perf_counter() - started
-    return _record(config, population, out, evaluation, audited, origin, seconds), evaluation
+    return _record(config, federations, population, out, evaluation, audited, origin, seconds), evaluation
+
+
+def check_setups(federations: Mapping[str, Setup]) -> None:
+    """Raises ConfigError, with its name, for a federation that cannot be trained: before any of them is."""
+    for name, setup in federations.items():
+        try:
+            _ = setup.local, setup.rules
+        except ConfigError as error:
+            raise error if name == MAIN else ConfigError(f"in the variant {name!r}: {error}") from error
 
 
 def _claim(out: Path, config: RunConfig) -> None:
@@ -223,6 +233,7 @@ def _evaluate(
 
 def _record(
     config: RunConfig,
+    federations: Mapping[str, RunConfig],
     population: Population,
     out: Path,
     evaluation: Evaluation | None,
@@ -230,7 +241,6 @@ def _record(
     origin: Mapping[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
-    federations = _federations(config)
     record: dict[str, Any] = {
         "kind": config.kind,
         "name": config.name,
@@ -244,24 +254,24 @@ def _record(
         "variants": {
             name: differing(federations[MAIN], federation) for name, federation in federations.items() if name != MAIN
         },
-        **_trained(config, out, audited),
+        **_trained(federations, out, audited),
     }
     if evaluation is not None:
         record["splits"] |= {"measured": len(evaluation.user_ids), "groups": len(set(evaluation.groups_u.tolist()))}
         record["base_bits_per_char"] = float(evaluation.results[0].loss_u.mean())
         record["methods"] = method_table(evaluation)
         record["comparisons"] = comparisons(evaluation)
-        record["masks"] = mask_quality(evaluation, population)
+        record["masks"] = mask_quality(evaluation, population, federations)
     return record
 
 
-def _trained(config: RunConfig, out: Path, audited: Audit) -> dict[str, Any]:
+def _trained(federations: Mapping[str, RunConfig], out: Path, audited: Audit) -> dict[str, Any]:
     """What the federations took and left: speed, users and history are the main one's, variants have their own."""
-    histories = {name: read_history(out / name) for name in _federations(config)}
+    histories = {name: read_history(out / name) for name in federations}
     rounds, visits = histories[MAIN], audited.visits
     every_round = [line for lines in histories.values() for line in lines]
     return {
-        "rounds": config.federation.rounds,
+        "rounds": federations[MAIN].federation.rounds,
         "users": visits.users,
         "users_per_second": _speed(rounds),
         "peak_mib": _most(line["private_mib"] for line in every_round),

@@ -32,7 +32,9 @@ from federation.config import Policy, RunConfig
 from federation.data.population import Batch
 from federation.devices import CPU, making_tensors_on, moved
 from federation.formats import quantise
+from federation.pool.model import PooledModel
 from federation.pool.spec import PoolSpec
+from federation.qualities import make_quality
 from federation.streams import UserIds
 from federation.update import Values
 from simulations.cached import TargetFigures, target_figures
@@ -64,7 +66,8 @@ class Plan:
 class Served:
     """A method's result for U users. loss_u in bits per character, without a cache; bytes_u of the encoded payload.
 
-    figures: what a cache is mixed from, where the method has one.
+    figures: what a cache is mixed from, where the method has one. quality_u: the run's quality, where that is not the
+    loss; None with a cache too, which changes the losses alone.
     """
 
     loss_u: Floats
@@ -72,6 +75,7 @@ class Served:
     active_share: float
     seconds: float
     figures: TargetFigures | None = None
+    quality_u: Floats | None = None
 
 
 def propose_masks(
@@ -127,8 +131,17 @@ def serve_block(
             figures = (
                 target_figures(model, worker.population, user_ids, test, nats_per_bit_u) if plan.method.cache else None
             )
-        results[plan] = Served(loss_u, bytes_u.numpy(force=True), start.active_share, seconds, figures)
+            quality_u = None if plan.method.cache else other_quality(model, test, trained.config)
+        results[plan] = Served(loss_u, bytes_u.numpy(force=True), start.active_share, seconds, figures, quality_u)
     return None, results
+
+
+def other_quality(model: PooledModel, test: Batch, config: RunConfig) -> Floats | None:
+    """The quality that the run's masks are rewarded for, (U,), with whatever is bound; None where it is the loss."""
+    quality = config.gate.reward.quality
+    if quality.name == "loss":
+        return None
+    return np.asarray(model.quality(test, make_quality(quality)).double().numpy(force=True))
 
 
 @dataclass(frozen=True)

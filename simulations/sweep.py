@@ -160,6 +160,7 @@ def _summary(trials: Sequence[Trial], out: Path) -> dict[str, Any]:
         "seeds": list(setting.seeds),
         "users": setting.users,
         "groups": len(np.unique(groups_u)),
+        "quality": trials[0].config.gate.reward.quality.name,
         "methods": {method.name: _rounded(asdict(method)) for method in setting.methods},
         "comparisons": paired(losses, groups_u),
         "claims": claims_over_seeds(runs, claims_of(trials[0].config)),
@@ -207,5 +208,5 @@ def _file_name(text: str) -> str:
 
 
 def _deciding(config: RunConfig) -> dict[str, Any]:
-    """What decides a record."""
-    return config.model_dump(mode="json", exclude=dict(FREE_SETTINGS))
+    """What decides a record. Claims are made of it afterwards."""
+    return config.model_dump(mode="json", exclude={**FREE_SETTINGS, "evaluate": {"claims"}})

@@ -52,21 +52,21 @@ def claims(summary: Summary) -> Drawn:
 
 
 def masks(summary: Summary) -> Drawn:
-    """How near masks come to the user's best ones."""
+    """How near masks come to the user's best ones, and what they reach in the run's quality, unless it is the loss."""
     head = ("mask", "F1 against the user's best", "by seed", "share of the best reward", "by seed")
+    measured = any(summary["methods"][name].get("quality") is not None for name in summary["masks"])
     rows: Rows = []
     for name, mask in summary["masks"].items():
         by_seed = mask["seeds"]
-        rows.append(
-            (
-                f"`{name}`",
-                f"{mask['f1']:.3f}",
-                span(by_seed["f1"], "{:.3f}"),
-                share(mask["reward_share"]),
-                span(map(_in_percent, by_seed["reward_share"]), "{:.1f}%"),
-            )
+        cells = (
+            f"`{name}`",
+            f"{mask['f1']:.3f}",
+            span(by_seed["f1"], "{:.3f}"),
+            share(mask["reward_share"]),
+            span(map(_in_percent, by_seed["reward_share"]), "{:.1f}%"),
         )
-    return head, rows
+        rows.append((*cells, *_quality(summary["methods"][name])) if measured else cells)
+    return ((*head, summary["quality"], "by seed"), rows) if measured else (head, rows)
 
 
 def types(summary: Summary) -> Drawn:
@@ -149,6 +149,12 @@ def span(values: Iterable[float], form: str) -> str:
 def share(value: float) -> str:
     """In percent, to one decimal: claims about shares are that fine."""
     return f"{_in_percent(value):.1f}%"
+
+
+def _quality(method: Mapping[str, Any]) -> tuple[str, str]:
+    if method["quality"] is None:
+        return NOTHING, NOTHING
+    return f"{method['quality']:.4f}", span(method["seed_qualities"], "{:.4f}")
 
 
 def _variance(row: Mapping[str, float] | None) -> str:

@@ -49,6 +49,16 @@ def federations_of(config: RunConfig) -> dict[str, RunConfig]:
     return found
 
 
+def begins_as_the_teachers(federations: Mapping[str, RunConfig], name: str) -> bool:
+    """Whether a federation's units are a teacher's, so that masks of them can be held against the teacher's.
+
+    A pool that starts trained begins as the main one ended: its units are the teacher's if that one trained none.
+    """
+    start, main = federations[name].pool.start, federations[MAIN]
+    untouched = main.pool.start == "teacher" and main.local.train == "nothing"
+    return start == "teacher" or (start == "trained" and untouched)
+
+
 def differing(settings: Settings, other: Settings) -> dict[str, Any]:
     """Those settings of `other` that differ, as nested tables of JSON."""
     return _differing(settings.model_dump(mode="json"), other.model_dump(mode="json"))

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from federation.base import BaseModel
-from federation.config import EstimatorConfig, QualityConfig, RunConfig
-from federation.estimators.registry import ESTIMATORS, make_estimator
+from federation.config import QualityConfig, RunConfig
+from federation.estimators.registry import ESTIMATORS
 from federation.qualities import make_quality
 from simulations.benchmarks.estimators import BIASED
 from simulations.documents import DOCUMENTS, HOUSE, rendered
@@ -86,7 +86,7 @@ def guide_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 @pytest.mark.parametrize("case", ["bernoulli", "2 of 4, twice"])
 def test_the_guides_estimator_is_unbiased(case: str) -> None:
     problem, users = PROBLEMS[case], 40_000
-    estimator = make_estimator(EstimatorConfig(name="against_frozen"), problem.kind)
+    estimator = ESTIMATORS.make("against_frozen")
     gamma_ug = replicas(problem, estimator, 0.2, 1, users, Curved()).gamma_ug
     error_g = gamma_ug.std(0) / users**0.5
     exact_g = problem.gradient(Curved().value(problem.masks()))

@@ -35,6 +35,8 @@ class Disarm:
 
     distributions: ClassVar[tuple[DistributionKind, ...]] = ("bernoulli",)
     differentiable: ClassVar[bool] = False
+    tries_masks: ClassVar[bool] = True
+    unbiased: ClassVar[bool] = True
     fewest: ClassVar[int] = 2
     multiple: ClassVar[int] = 2
 
@@ -56,7 +58,7 @@ class Disarm:
         log_pi_up = log_pair_probability(logits_ug, first_upg, second_upg)
         log_toward_up = log_pair_probability(toward_1g, first_upg, second_upg)
         weight_up = _weight(log_pi_up, log_toward_up, exploration.share)
-        sign_upg = first_upg.to(reward_uk) - second_upg.to(reward_uk)
+        sign_upg = first_upg.to(logits_ug) - second_upg.to(logits_ug)
         mean_ug = torch.einsum("up,upg->ug", weight_up * (first_up - second_up) / 2, sign_upg) / (samples // 2)
         return Estimate(mean_ug * torch.sigmoid(logits_ug.abs()), first_upg[:, 0], reward_uk)
 

@@ -31,6 +31,8 @@ class StraightThrough:
 
     distributions: ClassVar[tuple[DistributionKind, ...]] = BOTH
     differentiable: ClassVar[bool] = True
+    tries_masks: ClassVar[bool] = False
+    unbiased: ClassVar[bool] = False
     fewest: ClassVar[int] = 1
     multiple: ClassVar[int] = 1
 
@@ -61,6 +63,8 @@ class HardConcrete:
 
     distributions: ClassVar[tuple[DistributionKind, ...]] = ("bernoulli",)
     differentiable: ClassVar[bool] = True
+    tries_masks: ClassVar[bool] = False
+    unbiased: ClassVar[bool] = False
     fewest: ClassVar[int] = 1
     multiple: ClassVar[int] = 1
 

@@ -9,18 +9,20 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from federation.errors import ConfigError
-from federation.estimators.protocol import DistributionKind, Draws, Estimate, Objective
-from federation.estimators.score import BOTH, draw_masks, leave_one_out
-from federation.exploration import Exploration
-from federation.mask_distribution import Bernoulli, FixedBudget, MaskDistribution
+from federation.estimators.protocol import Objective
+from federation.estimators.score import ScoreFunction, Tried, leave_one_out
+from federation.mask_distribution import MaskDistribution
+
+_FARTHEST = 10.0
+"""Log ratios count as no farther from 0 than this: where A < 0 the clip leaves a large ratio as it is, and that of a
+module with many units would overflow. A ratio of e^10 moves the logits farther than any clip would have let it."""
 
 
 @dataclass(frozen=True)
-class Ppo:
+class Ppo(ScoreFunction):
     """Proximal policy optimisation (Schulman et al., 2017) of a one-step bandit, in the space of a user's own logits.
 
     From the logits that drew the masks, `epochs` steps of `rate` ascend, per user,
@@ -43,31 +45,24 @@ class Ppo:
     clip: float = 0.2
     kl: float = 0.01
 
-    distributions: ClassVar[tuple[DistributionKind, ...]] = BOTH
-    differentiable: ClassVar[bool] = False
-    fewest: ClassVar[int] = 2
-    multiple: ClassVar[int] = 1
+    unbiased: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or not self.rate > 0 or not self.clip > 0 or not self.kl >= 0:
             raise ConfigError(f"ppo needs epochs >= 1, rate > 0, clip > 0 and kl >= 0, got {self}; correct its options")
 
-    def estimate(
-        self, distribution: MaskDistribution, objective: Objective, exploration: Exploration, samples: int, draws: Draws
-    ) -> Estimate:
-        masks_ukg, weight_uk = draw_masks(distribution, exploration, samples, draws)
-        reward_uk = objective.reward(masks_ukg)
-        gamma_ug = self._mean_gradient(distribution, masks_ukg, weight_uk * leave_one_out(reward_uk))
-        return Estimate(gamma_ug, masks_ukg[:, 0], reward_uk)
+    def gamma(self, distribution: MaskDistribution, objective: Objective, tried: Tried) -> Tensor:
+        return self._mean_gradient(distribution, tried.masks_ukg, tried.weight_uk * leave_one_out(tried.reward_uk))
 
     def _mean_gradient(self, old: MaskDistribution, masks_ukg: Tensor, advantage_uk: Tensor) -> Tensor:
         """The mean of the epochs' gradients, which is the displacement over epochs * rate: (U, G)."""
-        old_inclusion_ug, old_log_prob_ukp = old.inclusion(), _log_prob_of_parts(old, masks_ukg)
+        old_inclusion_ug, old_log_prob_ukp = old.inclusion(), old.log_prob_of_parts(masks_ukg)
         total_ug, new = torch.zeros_like(old.logits_ug), old
         for epoch in range(self.epochs):
             if epoch:
-                new = _with_logits(old, old.logits_ug + self.rate * total_ug)
-            ratio_ukp = (_log_prob_of_parts(new, masks_ukg) - old_log_prob_ukp).exp()
+                new = old.with_logits(old.logits_ug + self.rate * total_ug)
+            log_ratio_ukp = new.log_prob_of_parts(masks_ukg) - old_log_prob_ukp
+            ratio_ukp = log_ratio_ukp.clamp(-_FARTHEST, _FARTHEST).exp()
             pull_ukp = _clipped(ratio_ukp, advantage_uk[:, :, None], self.clip)
             pull_ukg = pull_ukp.repeat_interleave(masks_ukg.shape[2] // pull_ukp.shape[2], 2)
             ascent_ug = (pull_ukg * new.score(masks_ukg)).mean(1)
@@ -79,21 +74,3 @@ def _clipped(ratio_ukp: Tensor, advantage_ukp: Tensor, clip: float) -> Tensor:
     """d min(ratio A, clip(ratio) A) / d log ratio: ratio A, or 0 where the ratio has already moved far enough."""
     far = torch.where(advantage_ukp > 0, ratio_ukp > 1 + clip, ratio_ukp < 1 - clip)
     return torch.where(far, 0.0, ratio_ukp * advantage_ukp)
-
-
-def _log_prob_of_parts(distribution: MaskDistribution, masks_ukg: Tensor) -> Tensor:
-    """Log-probabilities that add up to the mask's, one per gate or, with a fixed budget, per module: (U, K, P)."""
-    if not isinstance(distribution, FixedBudget):
-        logits = distribution.logits_ug[:, None]
-        return F.logsigmoid(torch.where(masks_ukg, logits, -logits))
-    users, samples, _ = masks_ukg.shape
-    lanes = FixedBudget(distribution.logits_ug.reshape(-1, distribution.rank), 1, distribution.budget)
-    by_module = masks_ukg.view(users, samples, distribution.modules, distribution.rank)
-    masks_lkr = by_module.transpose(1, 2).reshape(-1, samples, distribution.rank)
-    return lanes.log_prob(masks_lkr).view(users, distribution.modules, samples).transpose(1, 2)
-
-
-def _with_logits(distribution: MaskDistribution, logits_ug: Tensor) -> MaskDistribution:
-    if isinstance(distribution, FixedBudget):
-        return FixedBudget(logits_ug, distribution.modules, distribution.budget)
-    return Bernoulli(logits_ug)

@@ -11,14 +11,13 @@ Shapes: U users, K masks per user, G units.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 from federation.exploration import Exploration
+from federation.gate_config import DistributionKind
 from federation.mask_distribution import MaskDistribution
-
-DistributionKind = Literal["budget", "bernoulli"]
 
 
 class Objective(Protocol):
@@ -62,11 +61,15 @@ class Estimator(Protocol):
     """How the gradient of the expected reward is estimated. Stacked over users, no state.
 
     distributions: the kinds that it works for. differentiable: whether it asks for `reward_gradient`.
+    tries_masks: whether it asks for `reward`, which is what masks are worth after steps; its gradient is not.
+    unbiased: whether the mean of its gamma is the gradient of J.
     fewest: the least number of masks K that it can work with. multiple: K must be a multiple of it (2: masks in pairs).
     """
 
     distributions: ClassVar[tuple[DistributionKind, ...]]
     differentiable: ClassVar[bool]
+    tries_masks: ClassVar[bool]
+    unbiased: ClassVar[bool]
     fewest: ClassVar[int]
     multiple: ClassVar[int]
 

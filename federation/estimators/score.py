@@ -8,6 +8,7 @@ Shapes: U users, K masks per user, G units.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,25 +51,47 @@ def leave_one_out(reward_uk: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Reinforce:
-    """REINFORCE with the leave-one-out baseline (Williams, 1992; Kool et al., 2019). K evaluations, unbiased."""
+class Tried:
+    """Masks from the exploration mixture, (U, K, G) bool, their importance weights and their rewards, (U, K) each."""
+
+    masks_ukg: Tensor
+    weight_uk: Tensor
+    reward_uk: Tensor
+
+
+class ScoreFunction(ABC):
+    """Base of estimators that try masks: they differ in what they make of the rewards."""
 
     distributions: ClassVar[tuple[DistributionKind, ...]] = BOTH
     differentiable: ClassVar[bool] = False
+    tries_masks: ClassVar[bool] = True
+    unbiased: ClassVar[bool] = True
     fewest: ClassVar[int] = 2
     multiple: ClassVar[int] = 1
+
+    @abstractmethod
+    def gamma(self, distribution: MaskDistribution, objective: Objective, tried: Tried) -> Tensor:
+        """The gradient with respect to the logits: (U, G)."""
 
     def estimate(
         self, distribution: MaskDistribution, objective: Objective, exploration: Exploration, samples: int, draws: Draws
     ) -> Estimate:
         masks_ukg, weight_uk = draw_masks(distribution, exploration, samples, draws)
-        reward_uk = objective.reward(masks_ukg)
-        gamma_ug = score_gradient(distribution, masks_ukg, weight_uk * leave_one_out(reward_uk))
-        return Estimate(gamma_ug, masks_ukg[:, 0], reward_uk)
+        tried = Tried(masks_ukg, weight_uk, objective.reward(masks_ukg))
+        return Estimate(self.gamma(distribution, objective, tried), masks_ukg[:, 0], tried.reward_uk)
 
 
 @dataclass(frozen=True)
-class ReinforceGain:
+class Reinforce(ScoreFunction):
+    """REINFORCE with the leave-one-out baseline (Williams, 1992; Kool et al., 2019). K evaluations, unbiased."""
+
+    def gamma(self, distribution: MaskDistribution, objective: Objective, tried: Tried) -> Tensor:
+        coefficient_uk = tried.weight_uk * leave_one_out(tried.reward_uk)
+        return score_gradient(distribution, tried.masks_ukg, coefficient_uk)
+
+
+@dataclass(frozen=True)
+class ReinforceGain(ScoreFunction):
     """REINFORCE with leave-one-out on what the first-order gain v = dR/dm at the mean mask leaves unexplained.
 
     gamma = mean over k of w_k LOO(R_k - v . m_k) (m_k - inclusion) + Cov(m) v. The second term is the exact gradient
@@ -77,44 +100,31 @@ class ReinforceGain:
     K evaluations and one backward pass.
     """
 
-    distributions: ClassVar[tuple[DistributionKind, ...]] = BOTH
     differentiable: ClassVar[bool] = True
-    fewest: ClassVar[int] = 2
-    multiple: ClassVar[int] = 1
 
-    def estimate(
-        self, distribution: MaskDistribution, objective: Objective, exploration: Exploration, samples: int, draws: Draws
-    ) -> Estimate:
-        masks_ukg, weight_uk = draw_masks(distribution, exploration, samples, draws)
-        reward_uk = objective.reward(masks_ukg)
+    def gamma(self, distribution: MaskDistribution, objective: Objective, tried: Tried) -> Tensor:
         _, gain_ug = objective.reward_gradient(distribution.inclusion())
-        explained_uk = torch.einsum("ug,ukg->uk", gain_ug, masks_ukg.to(gain_ug))
-        sampled_ug = score_gradient(distribution, masks_ukg, weight_uk * leave_one_out(reward_uk - explained_uk))
-        return Estimate(sampled_ug + distribution.covariance_times(gain_ug), masks_ukg[:, 0], reward_uk)
+        explained_uk = torch.einsum("ug,ukg->uk", gain_ug, tried.masks_ukg.to(gain_ug))
+        coefficient_uk = tried.weight_uk * leave_one_out(tried.reward_uk - explained_uk)
+        sampled_ug = score_gradient(distribution, tried.masks_ukg, coefficient_uk)
+        return sampled_ug + distribution.covariance_times(gain_ug)
 
 
 @dataclass(frozen=True)
-class SelfCritical:
+class SelfCritical(ScoreFunction):
     """REINFORCE with the reward of the likeliest mask as baseline (Rennie et al., "Self-critical sequence training",
     2017): what is better than the mask that would be used is reinforced. K + 1 evaluations, unbiased."""
 
-    distributions: ClassVar[tuple[DistributionKind, ...]] = BOTH
-    differentiable: ClassVar[bool] = False
     fewest: ClassVar[int] = 1
-    multiple: ClassVar[int] = 1
 
-    def estimate(
-        self, distribution: MaskDistribution, objective: Objective, exploration: Exploration, samples: int, draws: Draws
-    ) -> Estimate:
-        masks_ukg, weight_uk = draw_masks(distribution, exploration, samples, draws)
-        tried_uk = objective.reward(torch.cat((masks_ukg, distribution.mode()[:, None]), 1))
-        reward_uk, baseline_uk = tried_uk[:, :-1], tried_uk[:, -1:]
-        gamma_ug = score_gradient(distribution, masks_ukg, weight_uk * (reward_uk - baseline_uk))
-        return Estimate(gamma_ug, masks_ukg[:, 0], reward_uk)
+    def gamma(self, distribution: MaskDistribution, objective: Objective, tried: Tried) -> Tensor:
+        baseline_u1 = objective.reward(distribution.mode()[:, None])
+        coefficient_uk = tried.weight_uk * (tried.reward_uk - baseline_u1)
+        return score_gradient(distribution, tried.masks_ukg, coefficient_uk)
 
 
 @dataclass(frozen=True)
-class MuProp:
+class MuProp(ScoreFunction):
     """REINFORCE on what the first-order Taylor expansion at the mean mask leaves (Gu et al., "MuProp", 2016).
 
     gamma = mean over k of w_k [R(m_k) - R(pi) - v . (m_k - pi)] (m_k - pi) + Cov(m) v, where pi are the inclusion
@@ -122,17 +132,12 @@ class MuProp:
     extends it to a fixed budget. K evaluations and one backward pass, unbiased.
     """
 
-    distributions: ClassVar[tuple[DistributionKind, ...]] = BOTH
     differentiable: ClassVar[bool] = True
     fewest: ClassVar[int] = 1
-    multiple: ClassVar[int] = 1
 
-    def estimate(
-        self, distribution: MaskDistribution, objective: Objective, exploration: Exploration, samples: int, draws: Draws
-    ) -> Estimate:
-        masks_ukg, weight_uk = draw_masks(distribution, exploration, samples, draws)
-        reward_uk = objective.reward(masks_ukg)
+    def gamma(self, distribution: MaskDistribution, objective: Objective, tried: Tried) -> Tensor:
         centre_u, gain_ug = objective.reward_gradient(distribution.inclusion())
-        expansion_uk = centre_u[:, None] + torch.einsum("ug,ukg->uk", gain_ug, distribution.score(masks_ukg))
-        sampled_ug = score_gradient(distribution, masks_ukg, weight_uk * (reward_uk - expansion_uk))
-        return Estimate(sampled_ug + distribution.covariance_times(gain_ug), masks_ukg[:, 0], reward_uk)
+        expansion_uk = centre_u[:, None] + torch.einsum("ug,ukg->uk", gain_ug, distribution.score(tried.masks_ukg))
+        coefficient_uk = tried.weight_uk * (tried.reward_uk - expansion_uk)
+        sampled_ug = score_gradient(distribution, tried.masks_ukg, coefficient_uk)
+        return sampled_ug + distribution.covariance_times(gain_ug)

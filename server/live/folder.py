@@ -59,7 +59,8 @@ class StateFolder:
         if found.meta["config"] != identity(self._config):
             raise RunError(
                 f"a federation goes on with the configuration it was started with, that in {self._path} was started "
-                f"with another (see {CONFIG_NAME} there); give that one, or another folder"
+                f"with another (see {CONFIG_NAME} there), or by an older version; give that configuration, another "
+                "folder, or go on with the version that began it"
             )
         return Record(from_checkpoint(found, rules), found.meta["federation"], found.meta["desk"])
 

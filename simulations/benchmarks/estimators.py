@@ -26,8 +26,6 @@ from federation.exploration import Exploration
 from federation.mask_distribution import Bernoulli, FixedBudget
 
 GRADIENT_EVALUATIONS = 3
-BIASED = ("ppo", "straight_through", "hard_concrete")
-"""Of our own estimators."""
 BASE = "reinforce, K = 2"
 """The label of leave-one-out with two masks."""
 
@@ -45,12 +43,16 @@ class Side:
 
 @dataclass(frozen=True)
 class Given:
-    """What every estimate of a situation is made from. draws: the randomness of the n-th draw."""
+    """What every estimate of a situation is made from.
+
+    draws: the randomness of a side, by its label, in the n-th draw. Each side has its own: means of several would else
+    have errors in common.
+    """
 
     distribution: Bernoulli | FixedBudget
     exploration: Exploration
     objective: Objective
-    draws: Callable[[int], Draws]
+    draws: Callable[[str, int], Draws]
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,12 @@ def compared(sides: Sequence[Side], given: Given, draws: int) -> dict[str, Row]:
     squared_norm: of the gradient itself, mean over users. Needs an unbiased estimator among the sides.
     """
     found = all_moments(sides, given, draws)
-    truth_ug, truth_variance = unbiased_mean([m for side, m in zip(sides, found) if side.name not in BIASED], draws)
+    truth_ug, truth_variance = unbiased_mean([m for side, m in zip(sides, found) if side.estimator.unbiased], draws)
     squared_norm = float(truth_ug.square().sum(1).mean()) - truth_variance
     table = {}
     for side, m in zip(sides, found):
         row = {"variance": m.variance, "squared_norm": squared_norm, "evaluations": m.evaluations, "seconds": m.seconds}
-        if side.name in BIASED:
+        if not side.estimator.unbiased:
             row["squared_bias"] = squared_bias(m, truth_ug, truth_variance, draws)
         table[label(side.name, side.samples)] = row
     return table
@@ -131,11 +133,15 @@ def averaged(tables: Sequence[Mapping[str, Row]]) -> dict[str, Row]:
 
 
 def with_relatives(table: Mapping[str, Row]) -> dict[str, Row]:
-    """A table with `relative` and `relative_in_time`, against leave-one-out with two masks, which it holds."""
+    """A table with `relative` and `relative_in_time`, against leave-one-out with two masks, which it holds.
+
+    A squared bias that is below 0 by chance is 0 here.
+    """
     base = table[BASE]
     return {
         name: {
             **row,
+            **({"squared_bias": max(0.0, row["squared_bias"])} if "squared_bias" in row else {}),
             "relative": row["variance"] * row["evaluations"] / (base["variance"] * base["evaluations"]),
             "relative_in_time": row["variance"] * row["seconds"] / (base["variance"] * base["seconds"]),
         }
@@ -163,15 +169,18 @@ def unbiased_mean(found: Sequence[Moments], draws: int) -> tuple[Tensor, float]:
 
 
 def squared_bias(biased: Moments, truth_ug: Tensor, truth_variance: float, draws: int) -> float:
-    """Squared distance of the means, summed over units, mean over users, less what their own variances make of it."""
+    """Squared distance of the means, summed over units, mean over users, less what their own variances make of it.
+
+    Unbiased itself, so that of a small bias may be below 0 by chance.
+    """
     distance = float((biased.mean_ug - truth_ug).square().sum(1).mean())
-    return max(0.0, distance - biased.variance / draws - truth_variance)
+    return distance - biased.variance / draws - truth_variance
 
 
 def _estimate(side: Side, given: Given, n: int) -> tuple[Tensor, float]:
     """The n-th draw's gamma in float64, and its seconds. A new distribution: one keeps what it has computed."""
     distribution = replace(given.distribution)
-    draws, started = given.draws(n), time.process_time()
+    draws, started = given.draws(label(side.name, side.samples), n), time.process_time()
     found = side.estimator.estimate(distribution, given.objective, given.exploration, side.samples, draws)
     return found.gamma_ug.double(), time.process_time() - started
 

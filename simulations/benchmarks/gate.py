@@ -8,7 +8,8 @@ masks, with masks that the gate chooses, and with a gate that learns too, by eac
     estimate_share = (learning - choosing) / learning: rewards of masks, the estimate, the gate's gradient
 
 Where the gate learns in each n-th round only, `learning` is the mean over n rounds. Both kinds of masks have random
-masks of their own to be compared with: Bernoulli ones are of any size, so more rows are trained.
+masks of their own to be compared with: Bernoulli ones are of any size, so more rows are trained. Shares by estimator
+are those of a round in which it learns.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from client.rewards import MaskReward
 from client.round import RoundState, local_round, round_data
 from federation.config import EstimatorConfig, GateConfig, RunConfig
 from federation.data.registry import make_population
-from federation.estimators.protocol import DistributionKind
 from federation.estimators.registry import ESTIMATORS
 from federation.exploration import Exploration
 from federation.gate import GateSpec
+from federation.gate_config import DistributionKind
 from federation.pool.model import PooledModel
 from federation.settings import parse
 from simulations.benchmarks.clock import one_thread
@@ -119,6 +120,8 @@ class GateBench:
             "workload": WORKLOAD,
             "seed": SEED,
             "users": self.users,
+            "gain_examples": EXAMPLES,
+            "query_examples": EXAMPLES,
             "processes": 1,
             "threads": 1,
             "config": config_of(GateConfig().estimator.name, self.users).model_dump(

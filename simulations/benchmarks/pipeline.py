@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from client.adapt import sgd, unit_gains
-from client.policies import random_masks
+from client.policies import highest
 from client.rewards import MaskReward
 from client.round import local_round, round_data
 from client.store import UserStore
@@ -135,7 +135,8 @@ def train_only(worker: Worker, values: Values, config: RunConfig, user_ids: User
     ready = []
     for part in blocks(len(user_ids), config.compute.block):
         ids = user_ids[part]
-        mask_ug = random_masks(spec, streams.uniform("mask", ids, (spec.units,)), config.gate, config.gate.budget)
+        uniform_ug, budget = streams.uniform("mask", ids, (spec.units,)), config.gate.budget
+        mask_ug = highest(uniform_ug, spec, config.gate, budget, budget / spec.rank)
         rows = gather(values, spec, *rows_of_mask(mask_ug, len(spec.modules), config.gate.max_rows(spec.rank)))
         support = round_data(worker, ids, setup.local, streams).support
         batches = [support.window(i * local.examples, (i + 1) * local.examples) for i in range(local.different_batches)]

@@ -21,8 +21,8 @@ from federation.config import EstimatorConfig, GateConfig, RunConfig, load_confi
 from federation.data.population import Population
 from federation.data.registry import make_population
 from federation.errors import ConfigError
-from federation.estimators.protocol import DistributionKind
-from federation.estimators.registry import ESTIMATORS, make_estimator
+from federation.estimators.registry import ESTIMATORS
+from federation.gate_config import DistributionKind
 from federation.mask_distribution import Bernoulli, FixedBudget
 from federation.settings import parse
 from federation.update import Values
@@ -111,9 +111,15 @@ def given(situation: Situation, kind: DistributionKind) -> Given:
     uniform_ug = streams.uniform("mask", ids, (setup.model.spec.units,))
     examples = data.support.window(0, situation.config.local.gain_examples)
     reward = MaskReward(setup.model, values, data.query, setup.local.quality, Adaptation((), 0, 0.0))
-    proposed = propose(Known(Signals(setup.model, values, examples, gate.budget), embedding_ue, uniform_ug), gate)
+    share = situation.config.gate.share(gate.budget, setup.model.spec.rank)
+    signals = Signals(setup.model, values, examples, gate.budget, share)
+    proposed = propose(Known(signals, embedding_ue, uniform_ug), gate)
     assert isinstance(proposed.distribution, Bernoulli | FixedBudget)
-    return Given(proposed.distribution, proposed.exploration, reward, lambda n: UserDraws(streams.at("draw", n), ids))
+
+    def draws(label: str, n: int) -> UserDraws:
+        return UserDraws(streams.at(label, n), ids)
+
+    return Given(proposed.distribution, proposed.exploration, reward, draws)
 
 
 def variances(situations: Iterable[Situation], draws: int) -> dict[str, dict[str, Any]]:
@@ -132,7 +138,7 @@ def variances(situations: Iterable[Situation], draws: int) -> dict[str, dict[str
 def sides(situation: Situation, kind: DistributionKind) -> list[Side]:
     """Two-sample leave-one-out, then those of our estimators that work for these masks and the run's quality."""
     differentiable, samples = situation.setup.local.quality.differentiable, GateConfig().samples
-    found = [Side("reinforce", make_estimator(EstimatorConfig(name="reinforce"), kind), 2)]
+    found = [Side("reinforce", ESTIMATORS.make("reinforce"), 2)]
     for name in ESTIMATORS.builtin:
         config = GateConfig().estimator if name == GateConfig().estimator.name else EstimatorConfig(name=name)
         estimator = ESTIMATORS.make(config.name, **config.options)

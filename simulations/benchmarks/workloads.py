@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from client.policies import random_masks
+from client.policies import highest
 from federation.base import BaseModel, at_least_fp32, causal_lm_base, frozen
 from federation.config import ComputeConfig, GateConfig, LocalConfig, PoolConfig, PopulationConfig, RunConfig
 from federation.data.population import Batch, Part
@@ -262,7 +262,7 @@ def task(name: str, users: int) -> Task:
     chosen = workload(name)
     spec = wrap(chosen.config, chosen.base()).spec
     uniform_ug = Streams(SEED).at("round", ROUND).uniform("mask", np.arange(users), (spec.units,))
-    mask_ug = random_masks(spec, uniform_ug, chosen.config.gate, chosen.config.gate.budget)
+    mask_ug = highest(uniform_ug, spec, chosen.config.gate, chosen.config.gate.budget, chosen.config.gate.budget / spec.rank)
     return Task(chosen, spec, pool_values(spec), mask_ug, WorkloadPopulation(name, users).data)
 
 

@@ -265,8 +265,9 @@ class SyntheticPopulation:
         return self._arrangement.units(highest(chance, chosen), second)
 
     def expected_loss(self, user_ids: UserIds, mask_ug: Tensor) -> Tensor:
-        """Each user's expected loss with a mask over the teacher's rows, (U, G) bool -> (U,).
+        """Each user's expected squared loss with a mask over the teacher's rows, (U, G) bool -> (U,).
 
+        Squared whatever `loss` says, which is what a model is trained by and measured in.
         Exact for the additive and interacting kinds; in a network, what a mask loses against the best one is the mean
         over 256 inputs, the same for all users of a type, without noise.
         """

@@ -626,6 +626,14 @@ def test_a_wrong_task_leaves_the_model_as_it_was(tmp_path: Path, changed: str, s
         ("gate.samples=6", "samples"),
         ("gate.rebuild=11", "steps"),
         ("gate.reward.steps=11", "steps"),
+        ("gate.windows=[3, 41]", "examples"),
+        ("gate.hidden=51", "gate_width"),
+        ("gate.factors=51", "gate_width"),
+        ("gate.embedding=51", "gate_width"),
+        ("gate.estimator={name = 'ppo', options = {epochs = 11}}", "steps"),
+        ("gate.reward.quality.options={times = 11}", "steps"),
+        ("gate.rebuild=10", "evaluations"),
+        ("gate.reward.steps=10", "evaluations"),
     ],
 )
 def test_the_owner_limits_what_a_server_asks_of_the_device(tmp_path: Path, changed: str, limit: str) -> None:

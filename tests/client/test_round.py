@@ -137,7 +137,7 @@ class PlainUser:
 
     def gains(self) -> Tensor:
         """(1, G): every unit at strength k / R."""
-        strength = torch.full((self.case.model.spec.units,), BUDGET / RANK)
+        strength = torch.full((self.case.model.spec.units,), self.gate.share(BUDGET, RANK))
         return self.slope(strength, self.case.data.support, self.local.gain_examples)
 
     def train(self, units: Tensor) -> tuple[list[Tensor], float]:
@@ -178,14 +178,14 @@ class PlainUser:
         features = base.features(base.module, support).mean(0, keepdim=True).detach()
         gains = self.gains() if "gains" in gate.inputs else torch.zeros(1, units)
         examples = torch.full((1,), float(self.local.gain_examples))
-        state = GateState(features, embedding, gains, examples, BUDGET / RANK)
+        state = GateState(features, embedding, gains, examples, gate.share(BUDGET, RANK))
         logits = gate_spec(self.case.model, gate).logits(phi, state)
 
         def law(logits_ug: Tensor) -> MaskDistribution:
             return distribution_of(logits_ug, len(self.modules), gate, BUDGET)
 
         policy, drawn_from = law(logits), law(logits.detach())
-        exploration = Exploration(gate.exploration, law(rarely_used(values[LOAD_SECTION][0])))
+        exploration = Exploration(gate.exploration, law(rarely_used(values[LOAD_SECTION][0], gate.share(BUDGET, RANK))))
         sampled, log_weight = exploration.sample(
             drawn_from,
             STREAMS.uniform("mask", IDS[one], (gate.samples, units)),

@@ -55,16 +55,24 @@ def test_an_exploration_that_is_not_a_share_is_refused(share: float) -> None:
 
 def test_a_unit_is_favoured_by_how_rarely_it_is_used() -> None:
     load_g = torch.tensor([0.0, 0.1, 0.2, 0.5])
-    logits_g = rarely_used(load_g)[0]
+    logits_g = rarely_used(load_g, 0.3)[0]
     assert (logits_g.diff() < 0).all()
-    assert logits_g[0].item() == pytest.approx(math.log(11), rel=1e-6)
-    torch.testing.assert_close(rarely_used(7 * load_g)[0], logits_g)
+    mean_load = rarely_used(torch.tensor([0.0, 0.2, 0.4, 0.2]), 0.3)[0]
+    assert (mean_load[0] - mean_load[1]).item() == pytest.approx(math.log(11), rel=1e-5)
+    torch.testing.assert_close(rarely_used(7 * load_g, 0.3)[0], logits_g)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.25, 0.9])
+def test_independent_units_are_explored_at_the_share_that_is_asked_for(share: float) -> None:
+    load_g = torch.cat((torch.zeros(95), torch.ones(5)))
+    assert Bernoulli(rarely_used(load_g, share)).inclusion().mean().item() == pytest.approx(share, rel=1e-4)
 
 
 @pytest.mark.parametrize("load", [0.0, 0.3])
 def test_equal_loads_favour_no_unit(load: float) -> None:
-    assert torch.equal(rarely_used(torch.full((5,), load)), torch.zeros(1, 5))
+    logits_1g = rarely_used(torch.full((5,), load), 0.25)
+    torch.testing.assert_close(logits_1g, torch.full((1, 5), math.log(0.25 / 0.75)))
 
 
 def test_a_load_below_zero_counts_as_zero() -> None:
-    torch.testing.assert_close(rarely_used(torch.tensor([-0.4, 0.2, 0.4])), rarely_used(torch.tensor([0.0, 0.2, 0.4])))
+    torch.testing.assert_close(*(rarely_used(torch.tensor([least, 0.2, 0.4]), 0.3) for least in (-0.4, 0.0)))

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from federation import gate
+from federation.gate_config import GateConfig, GateInput
 from federation.errors import ConfigError, PoolError
 from federation.gate import GateSpec, GateState, standardise
 from federation.mask_distribution import Bernoulli, FixedBudget
+from federation.state import first_threshold
 
 SPEC = GateSpec(
     modules=3,
@@ -111,31 +113,23 @@ def test_a_fresh_gate_is_the_saliency_rule() -> None:
         assert FixedBudget(logits, SPEC.modules, budget).mode().equal(saliency)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 0.9])
-def test_a_fresh_bernoulli_gate_begins_near_its_share(share: float) -> None:
+@pytest.mark.parametrize("inputs", [("gains",), ("context",)])
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 0.9, 1.0])
+def test_a_fresh_bernoulli_gate_begins_near_its_share(share: float, inputs: tuple[GateInput, ...]) -> None:
+    """The share of the likeliest mask with gains, the probability of every unit without."""
     spec = replace(SPEC, modules=8, rank=64)
-    mode = Bernoulli(spec.logits(spec.init(generator(0), share), normal_gains(spec, 200))).mode()
-    assert abs(mode.double().mean().item() - share) < 0.01
+    phi = spec.init(generator(0), first_threshold(share, GateConfig(inputs=inputs, initial_alpha=4.0)))
+    of = normal_gains(spec, 200)
+    if inputs == ("gains",):
+        active = Bernoulli(spec.logits(phi, of)).mode()
+    else:
+        active = Bernoulli(spec.logits(phi, replace(of, gain_ug=torch.zeros_like(of.gain_ug)))).inclusion()
+    assert abs(active.double().mean().item() - share) < 0.01
 
 
 @pytest.mark.parametrize("share", [1e-20, 0.025, 0.25, 0.5, 0.99])
 def test_threshold_leaves_the_share_of_a_normal_above_it(share: float) -> None:
-    threshold = SPEC.parts(SPEC.init(generator(0), share))["threshold"].item()
-    assert math.erfc(threshold / math.sqrt(2)) / 2 == pytest.approx(share, rel=1e-4)
-
-
-def test_a_share_of_one_begins_with_every_unit_active() -> None:
-    spec = replace(SPEC, modules=8, rank=64)
-    phi = spec.init(generator(0), 1.0)
-    assert spec.parts(phi)["threshold"].item() == pytest.approx(-3.72, abs=5e-3)
-    mode = Bernoulli(spec.logits(phi, normal_gains(spec, 200))).mode()
-    assert mode.double().mean() > 0.999
-
-
-@pytest.mark.parametrize("share", [0.0, -0.1, 1.01, float("nan")])
-def test_an_impossible_share_is_refused(share: float) -> None:
-    with pytest.raises(ConfigError, match=f"within \\(0, 1\\], got {share}"):
-        SPEC.init(generator(0), share)
+    assert math.erfc(first_threshold(share, GateConfig()) / math.sqrt(2)) / 2 == pytest.approx(share, rel=1e-4)
 
 
 def test_a_fresh_gate_can_learn_from_its_first_gradient() -> None:

@@ -91,3 +91,11 @@ def test_all_ordered_choices_of_distinct_integers_are_as_likely():
     _, counts = np.unique(drawn, axis=0, return_counts=True)
     assert len(counts) == 24
     assert ((counts - 1000) ** 2 / 1000).sum() < 60  # chi-square, 23 degrees of freedom, p < 1e-4
+
+
+def test_the_largest_word_is_below_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """(2^24 - 1/2) / 2^24 is 1 in float32, and a unit that must be chosen needs a number below it."""
+    words = np.array([[0, 2**32 - 1]], dtype=np.uint32)
+    monkeypatch.setattr(Streams, "bits", lambda self, purpose, user_ids, count: words)
+    found = Streams(0).uniform("any", np.array([1]), (2,))[0]
+    assert 0 < found[0] < found[1] < 1

@@ -83,7 +83,9 @@ def test_without_an_evaluated_checkpoint_the_remedy_is_named(tmp_path: Path, lin
 
 def test_a_configuration_of_another_run_is_refused(tmp_path: Path) -> None:
     run = run_of(tmp_path, [pool(1)], [line(pool(1), 1.0)], CONFIG.model_copy(update={"seed": 6}))
-    with pytest.raises(RunError, match=r"checkpoints and config.json beside it are of other configurations; restore"):
+    with pytest.raises(
+        RunError, match=r"checkpoints and config.json beside it are of other configurations, .*older version.*; restore"
+    ):
         deployed_candidate(run)
 
 
@@ -91,7 +93,7 @@ def test_a_configuration_of_another_run_is_refused(tmp_path: Path) -> None:
 def test_an_unreadable_configuration_is_named(tmp_path: Path, text: str) -> None:
     run = run_of(tmp_path, [pool(1)], [line(pool(1), 1.0)])
     (run / "config.json").write_text(text)
-    with pytest.raises(RunError, match=r"config.json cannot be read .*restore the file"):
+    with pytest.raises(RunError, match=r"config.json cannot be read .*restore the file; a run of an older version"):
         deployed_candidate(run)
 
 

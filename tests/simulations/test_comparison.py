@@ -83,6 +83,12 @@ def test_settings_are_told_apart_by_what_varies() -> None:
     assert [s.label for s in compare(runs[:1])] == [""]
 
 
+def test_claims_make_no_other_setting() -> None:
+    runs = [measured(0), measured(1)]
+    runs[1].record["config"]["evaluate"] = {"claims": [["dsa_t2", "shared"]]}
+    assert [s.label for s in compare(runs)] == [""]
+
+
 def test_only_methods_of_all_seeds_are_summarised() -> None:
     fewer = measured(1)
     del fewer.users["loss"]["dsa_t0"]
@@ -227,6 +233,18 @@ def test_a_gate_that_never_chose_has_no_end() -> None:
     run = measured(0)
     run.record["history"] = []
     assert "gate_entropy" not in gates_over_seeds([run])["pool"]
+
+
+def test_qualities_are_those_of_the_seeds() -> None:
+    runs = [measured(0), measured(1)]
+    assert (by_name(compare(runs)[0])["dsa_t0"].quality, by_name(compare(runs)[0])["dsa_t0"].seed_qualities) == (
+        None,
+        (),
+    )
+    for run, quality in zip(runs, (0.5, 0.25), strict=True):
+        run.record["methods"]["dsa_t0"]["quality"] = quality
+    method = by_name(compare(runs)[0])["dsa_t0"]
+    assert (method.quality, method.seed_qualities) == (0.375, (0.5, 0.25))
 
 
 def test_active_shares_are_those_of_the_seeds() -> None:

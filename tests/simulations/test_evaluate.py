@@ -52,6 +52,7 @@ METHODS = (
 )  # fmt: skip
 IDS = np.array([61, 64, 70, 77, 79])
 PLAN = {"learning_rate": 0.05, "steps": 4}
+HITS = "population.options={train_users=60, new_users=20, widths=[8, 12, 4], rank=8, budget=2, examples=16, hit=1.0}"
 
 
 def config_of(*overrides: str) -> RunConfig:
@@ -179,6 +180,32 @@ def test_base_is_the_model_alone(house: House) -> None:
     np.testing.assert_allclose(served.loss_u, [plain_bits(house, u, {}) for u in range(len(IDS))], rtol=1e-6)
     assert served.bytes_u.tolist() == [0] * len(IDS)
     assert served.active_share == 0
+
+
+def test_the_runs_quality_is_measured_where_it_is_not_the_loss() -> None:
+    """On the test part, against each user's plain model."""
+    config = tiny_config("evaluate.methods=['dsa_t0']", "gate.reward.quality.name=accuracy", HITS)
+    found, trained = evaluation_of(config), trained_of(config)
+    population, spec = make_population(config.population), Worker(config).setup(config).model.spec
+    test = population.batch(found.user_ids, "test", None, Streams(99))
+    for result in found.results:
+        for u in range(len(found.user_ids)):
+            base = population.base_model()
+            if result.method.choice is not None:
+                mask_jr = found.masks[result.method.choice][u].view(-1, spec.rank)
+                rows = {m.name: trained.values["pool"][m.section][mask_jr[j]] for j, m in enumerate(spec.modules)}
+                models.with_plain_lora(base, rows, config.pool.scale)
+            assert base.accuracy is not None
+            expected = float(base.accuracy(base.module, test.inputs[u], test.targets[u]).mean())
+            assert result.quality_u is not None
+            assert result.quality_u[u] == pytest.approx(expected, abs=1e-6)
+        assert method_table(found)[result.method.name]["quality"] == pytest.approx(result.quality_u.mean())
+    base_u, chosen_u = (result.quality_u for result in found.results)
+    assert (base_u != chosen_u).any()
+
+
+def test_the_loss_is_not_measured_twice(evaluation: Evaluation) -> None:
+    assert all("quality" not in entry for entry in method_table(evaluation).values())
 
 
 def plain_tuning(house: House, u: int, start: dict[str, Tensor], scales_only: bool) -> list[Tensor]:

@@ -15,15 +15,17 @@ from torch import Tensor
 from client.personal import known_of
 from federation.config import RunConfig
 from federation.data.population import Batch, Part
+from federation.data.registry import make_population
 from federation.errors import ConfigError, PopulationError
 from federation.pool.model import PooledModel
 from federation.streams import Streams, UserIds
 from simulations.compute.worker import Worker
+from simulations.evaluate import check_methods
 from simulations.methods import Choice, methods_of
 from simulations.populations.posterior import Noise, Residuals, log_evidence, posterior_chances
 from simulations.populations.synthetic import SyntheticPopulation, f1
 from simulations.runs import run
-from tests.simulations.tiny import tiny_config
+from tests.simulations.tiny import tiny_config, tiny_setup
 
 STREAMS = Streams(3)
 ADDITIVE = SyntheticPopulation(
@@ -290,17 +292,9 @@ def test_new_users_are_served_the_best_masks_given_what_a_policy_sees(tmp_path: 
     ],
 )
 def test_a_method_that_the_population_cannot_serve_is_refused(overrides: list[str], message: str) -> None:
+    config = small(*overrides)
     with pytest.raises(ConfigError, match=message):
-        methods_of(small(*overrides))
-
-
-def test_a_population_without_best_masks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Letters:
-        name = "letters"
-
-    monkeypatch.setattr("simulations.methods.make_population", lambda settings: Letters())
-    with pytest.raises(ConfigError, match="needs a population with known best masks, 'letters' has none"):
-        methods_of(small())
+        check_methods(methods_of(config), make_population(config.population), {"pool": tiny_setup(config)})
 
 
 def test_in_a_network_it_is_not_known() -> None:

@@ -18,6 +18,8 @@ ASKED = (
     "evaluate.methods=['dense_lora', 'dsa_t2', 'dsa_t0']",
     "--set",
     "evaluate.claims=[['dsa_t2', 'base']]",
+    "--set",
+    "pool.start=teacher",
 )
 
 
@@ -148,6 +150,16 @@ def test_finished_runs_stay_and_a_missing_one_is_made_again(swept: Path) -> None
     assert result.output.count("finished before") == 1
     assert first.read_bytes() == kept
     assert json.loads(second.read_text())["checksum"] == checksum
+
+
+def test_other_claims_are_made_of_finished_runs(swept: Path) -> None:
+    kept = (swept / "tiny-seed0" / "record.json").read_bytes()
+    other = ["--set", "evaluate.claims=[['dsa_t0', 'base'], ['dsa_t2', 'dsa_t0']]"]
+    result = sweep(TINY, *ASKED, *other, "--seeds", 2, "--out", swept)
+    assert result.output.count("finished before") == 2, result.output
+    claims = json.loads((swept / "sweep.json").read_text())["variants"]["tiny"]["claims"]
+    assert [(claim["better"], claim["worse"]) for claim in claims] == [("dsa_t0", "base"), ("dsa_t2", "dsa_t0")]
+    assert (swept / "tiny-seed0" / "record.json").read_bytes() == kept
 
 
 def test_a_folder_with_another_configuration_is_not_taken_for_finished(swept: Path) -> None:

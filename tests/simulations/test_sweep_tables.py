@@ -82,6 +82,15 @@ def test_masks_show_the_range_of_their_seeds() -> None:
     assert rows[0] == ("`dsa_t0`", "0.450", "0.400 to 0.550", "90.0%", "85.0% to 100.0%")
 
 
+def test_masks_show_the_runs_quality_where_it_is_not_the_loss() -> None:
+    reached = {"quality": 0.625, "seed_qualities": [0.6, 0.65]}
+    methods = {"dsa_t0": SUMMARY["methods"]["dsa_t0"] | reached, "dsa_t0[pool=low]": {"quality": None}}
+    head, rows = sweep_tables.masks(SUMMARY | {"methods": methods, "quality": "accuracy"})
+    plain_head, plain = sweep_tables.masks(SUMMARY)
+    assert tuple(head) == (*plain_head, "accuracy", "by seed")
+    assert rows == [(*plain[0], "0.6250", "0.6000 to 0.6500"), (*plain[1], NOTHING, NOTHING)]
+
+
 def test_types_have_a_column_each() -> None:
     head, rows = sweep_tables.types(SUMMARY)
     assert head[1:] == ("type 0", "type 3")

@@ -25,7 +25,7 @@ from simulations.federate import last_checkpoint
 from simulations.methods import methods_of
 from simulations.runs import Run, reevaluate, run
 from simulations.setup import first_pool
-from simulations.variants import differing, federations_of
+from simulations.variants import begins_as_the_teachers, differing, federations_of
 from tests.simulations.tiny import tiny_config
 
 POOLS = ("pool/fc1", "pool/fc2")
@@ -211,7 +211,7 @@ def test_masks_are_held_against_the_best_ones(finished: Run) -> None:
     """Against means over users and types counted in a loop."""
     quality, evaluation = finished.record["masks"], finished.evaluation
     assert evaluation is not None
-    assert set(quality) == {name for name in METHODS if not name.startswith(("dsa_t1", "shared"))}
+    assert set(quality) == {name for name in METHODS if not name.startswith(("dsa_t1", "shared")) and "own" not in name}
     assert (quality["best_mask"]["f1"], quality["best_mask"]["reward_share"]) == (1, 1)
     assert quality["type_mask"]["f1_of_type"] == 1
     population, ids = Worker(small()).population, evaluation.user_ids
@@ -267,15 +267,46 @@ def test_new_users_are_served_again_by_the_variants_there_are(finished: Run, tmp
         reevaluate(folder, ["evaluate.methods=['random_mask[pool=random]']"])
 
 
-def test_best_masks_need_a_population_that_knows_them() -> None:
+@pytest.mark.parametrize("name", ["type_mask", "informed_mask"])
+def test_best_masks_need_a_population_that_knows_them(name: str) -> None:
     nobody = cast(Population, SimpleNamespace(name="letters"))
-    with pytest.raises(ConfigError, match="'type_mask' needs a population with known best masks, 'letters' has none"):
-        check_methods(methods_of(tiny_config("evaluate.methods=['type_mask']")), nobody, {})
+    with pytest.raises(ConfigError, match=f"'{name}' needs a population with known best masks, 'letters' has none"):
+        check_methods(methods_of(tiny_config(f"evaluate.methods=['{name}']")), nobody, {})
 
 
 def test_best_masks_need_the_teachers_shape_before_anything_is_trained(tmp_path: Path) -> None:
-    config = tiny_config("evaluate.methods=['best_mask']", "pool.rank=6")
+    config = tiny_config("evaluate.methods=['best_mask']", "pool={rank=6, start='teacher'}")
     with pytest.raises(ConfigError, match="best masks are of 16 units, the pool of 'pool' has 12"):
+        run(config, tmp_path / "out")
+    assert not (tmp_path / "out" / "pool").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "pool", "expected"),
+    [
+        (["pool.start=teacher"], "pool", True),
+        (["pool.start=teacher"], "random", True),
+        (["pool.start=teacher"], "shared", False),
+        ([], "pool", False),
+        (["variants.v.pool.start=teacher"], "v", True),
+        (["pool.start=teacher", "variants.v.pool.start=fresh"], "v", False),
+        (["pool.start=teacher", "variants.v.pool.start=trained"], "v", False),
+        (["pool.start=teacher", "local.train=nothing", "variants.v.pool.start=trained"], "v", True),
+        (["local.train=nothing", "variants.v.pool.start=trained"], "v", False),
+    ],
+)
+def test_masks_are_of_the_teachers_units_where_the_pool_begins_as_the_teachers(
+    overrides: list[str], pool: str, expected: bool
+) -> None:
+    found = federations(*overrides)
+    assert begins_as_the_teachers(found, pool) == expected
+
+
+@pytest.mark.parametrize("name", ["best_mask", "type_mask", "informed_mask"])
+def test_best_masks_of_other_units_are_refused(tmp_path: Path, name: str) -> None:
+    options = "{train_users=60, new_users=20, widths=[8, 8, 8], rank=8, budget=2, kind='additive'}"
+    config = tiny_config(f"population.options={options}", f"evaluate.methods=['{name}']")
+    with pytest.raises(ConfigError, match="the teacher's units, the pool of 'pool' has units of its own.*= 'teacher'"):
         run(config, tmp_path / "out")
     assert not (tmp_path / "out" / "pool").exists()
 

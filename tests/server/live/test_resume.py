@@ -41,7 +41,7 @@ def test_another_configuration_is_refused_and_the_state_kept(tmp_path: Path) -> 
         run(fake_nodes(), tmp_path, live_config("federation.rounds=3"))
     assert "goes on with the configuration it was started with" in str(raised.value)
     assert str(tmp_path) in str(raised.value)
-    assert "give that one, or another folder" in str(raised.value)
+    assert "or by an older version; give that configuration, another folder, or" in str(raised.value)
     assert checksum(load_latest(tmp_path / "checkpoints")) == before
 
 
