@@ -21,7 +21,7 @@ from torch import Tensor
 from client.adapt import unit_gains
 from federation.config import GateConfig, Policy
 from federation.data.population import Batch
-from federation.gate import GateState, standardise
+from federation.gate import GateState
 from federation.mask_distribution import Bernoulli, FixedBudget, MaskDistribution
 from federation.pool.model import PooledModel
 from federation.pool.spec import PoolSpec
@@ -54,12 +54,12 @@ class Signals:
 
     @cached_property
     def magnitude_ug(self) -> Tensor:
-        """(U, G), standardised, so that about half of the units have a positive logit."""
+        """(U, G): the norm of what each unit adds, the same for every user."""
         norms = []
         for m in self.model.spec.modules:
             down, up = torch.split(self.values[m.section], [m.d_in, m.d_out], 1)
             norms.append(down.norm(dim=1) * up.norm(dim=1))
-        return standardise(torch.cat(norms)[None], len(norms)).repeat(self.examples.users, 1)
+        return torch.cat(norms).repeat(self.examples.users, 1)
 
 
 @dataclass(frozen=True, eq=False)

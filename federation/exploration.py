@@ -8,6 +8,7 @@ Shapes: U users, K masks per user, G units.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,10 +46,13 @@ class Exploration:
 
     def log_importance(self, distribution: MaskDistribution, masks_ukg: Tensor) -> Tensor:
         """log pi(mask) - log beta(mask), at most -log(1 - share): (U, K, G) -> (U, K)."""
-        log_pi = distribution.log_prob(masks_ukg)
-        share = torch.full_like(log_pi, self.share)
-        explored = self.toward.log_prob(masks_ukg) + share.log()
-        return log_pi - torch.logaddexp(log_pi + torch.log1p(-share), explored)
+        return log_weight(distribution.log_prob(masks_ukg), self.toward.log_prob(masks_ukg), self.share)
+
+
+def log_weight(log_pi: Tensor, log_toward: Tensor, share: float) -> Tensor:
+    """log pi - log beta of what was drawn from beta = (1 - share) pi + share toward: any shapes that broadcast."""
+    explored = log_toward + (math.log(share) if share else -math.inf)
+    return log_pi - torch.logaddexp(log_pi + math.log1p(-share), explored)
 
 
 def rarely_used(load_g: Tensor, share: float) -> Tensor:

@@ -5,7 +5,7 @@
     v_u = GELU(W1 x_u + b1), h(u) = W2 v_u + b2, and e_g = m_j * n_r (elementwise) for unit g = (j, r), so that the
     gate grows with J + R, not with G = J * R;
     x_u = layer-normed features, budget share, log2(1 + examples) / 8, embedding;
-    z_ug = gain, standardised per user and module; c is in its units;
+    z_ug = gain, standardised per user and module (or over all modules: `groups`); c is in its units;
     M_j, where `interactions` are asked for, says what the gain of one unit means for another one of its module. For
     units whose effects interact, gains are only the slope at one point: for a quadratic reward the best mask solves a
     linear system in them, and M learns what solves it.
@@ -70,9 +70,9 @@ class GateState:
     budget_share: float
 
 
-def standardise(gain_ug: Tensor, modules: int) -> Tensor:
-    """Mean 0 and standard deviation 1 over each user's R gains of a module; 0 where all are equal: (U, G)."""
-    gain = gain_ug.view(gain_ug.shape[0], modules, -1)
+def standardise(gain_ug: Tensor, groups: int) -> Tensor:
+    """Mean 0 and standard deviation 1 over each user's gains of a group; 0 where all are equal: (U, G)."""
+    gain = gain_ug.view(gain_ug.shape[0], groups, -1)
     largest = gain.abs().amax(2, keepdim=True)
     scaled = gain / torch.where(largest > 0, largest, 1.0)  # so that squares of tiny gains do not underflow
     centred = scaled - scaled.mean(2, keepdim=True)
@@ -99,7 +99,8 @@ class GateSpec:
     The trust in gains is kept as its logarithm: it stays positive, so training may mute the gains but never turn
     them around, and an optimizer's step on it is relative.
 
-    interactions: whether there is an M, which grows with J * R * R.
+    interactions: whether there is an M, which grows with J * R * R. groups: within which gains are standardised: each
+    module, or 1 where one budget is for all modules, whose gains then compare as they are.
 
     Raises ConfigError for a width below 1 (an embedding may be 0 wide) and for an initial_alpha not above 0.
     """
@@ -112,6 +113,7 @@ class GateSpec:
     factor_width: int
     initial_alpha: float
     interactions: bool = False
+    groups: int = 1
 
     def __post_init__(self) -> None:
         for name in ("modules", "rank", "feature_width", "hidden", "factor_width"):
@@ -176,7 +178,7 @@ class GateSpec:
         hidden = self._hidden(parts, self._inputs(state))
         factored_ujd = hidden.output_ud[:, None] * parts["module_factor"]
         correction_ug = (factored_ujd @ parts["rank_factor"].t()).flatten(1)
-        worth_ug = self._worth(parts, standardise(state.gain_ug, self.modules))
+        worth_ug = self._worth(parts, standardise(state.gain_ug, self.groups))
         return correction_ug + hidden.alpha_u1 * (worth_ug - parts["threshold"])
 
     def vjp(self, phi: Tensor, state: GateState, gamma_ug: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +192,7 @@ class GateSpec:
         gamma_ujr = gamma_ug.view(len(gamma_ug), self.modules, self.rank)
         d_factored_ujd = gamma_ujr @ parts["rank_factor"]
         d_output_ud = (d_factored_ujd * parts["module_factor"]).sum(1)
-        z_ug = standardise(state.gain_ug, self.modules)
+        z_ug = standardise(state.gain_ug, self.groups)
         above_ug = self._worth(parts, z_ug) - parts["threshold"]
         d_log_alpha_u1 = hidden.alpha_u1 * (above_ug * gamma_ug).sum(1, keepdim=True)
         d_value_uh = d_output_ud @ parts["output_weight"] + d_log_alpha_u1 * parts["alpha_weight"]

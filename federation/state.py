@@ -31,6 +31,7 @@ def gate_spec(model: PooledModel, config: GateConfig) -> GateSpec:
         factor_width=config.factors,
         initial_alpha=config.initial_alpha,
         interactions=config.interactions,
+        groups=1 if config.scope == "global" else len(model.spec.modules),
     )
 
 

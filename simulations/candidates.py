@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from federation.config import RunConfig, identity
+from federation.config import identity
 from federation.errors import RunError
 from federation.pool.file import PoolFile
 from federation.settings import parse
@@ -15,7 +15,7 @@ from server.checkpoint import Checkpoint, checksum
 from server.promotion import Evaluation
 from server.releases import Candidate
 from simulations.federate import last_checkpoint
-from simulations.record import read_record
+from simulations.record import read_record, recorded_config
 from simulations.runs import MAIN
 
 METHODS = {"base_loss": "base", "mask_loss": "dsa_t0", "tuned_loss": "dsa_t2"}
@@ -46,7 +46,7 @@ def _simulated_candidate(run: Path) -> Candidate:
         raise RunError(
             f"a release comes with its evaluation, {str(run)!r} has none; simulate with 'dsa_t2' in evaluate.methods"
         )
-    config = parse(RunConfig, record["config"])
+    config = recorded_config(record, run)
     found = recorded_checkpoint(run, record)
     pool = PoolFile(found.round_index, found.tensors["values"], config.task)
     evaluation = parse(Evaluation, {"split": "new", "users": record["splits"]["measured"], "metrics": losses})

@@ -25,7 +25,9 @@ from federation.experiments import experiment_path
 from federation.house import check_house
 from simulations.agent_commands import agent, ask
 from simulations.benchmarks.commands import bench
+from simulations.commands import Experiment, Overrides, say_where
 from simulations.deployment_commands import PANEL, deployment
+from simulations.measure_commands import measure
 
 RUNS = Path("runs")
 CONTINUE = {"simulate": "; continue with --resume", "sweep": "; continue with the same command"}
@@ -78,20 +80,8 @@ app.add_typer(bench, name="bench", help="Measure speed on this machine.")
 app.command(rich_help_panel=PANEL)(agent)
 app.add_typer(ask, name="ask", help="Ask the agent on a device.", rich_help_panel=PANEL)
 app.add_typer(deployment)
+app.add_typer(measure)
 
-Experiment = Annotated[
-    str, typer.Argument(metavar="EXPERIMENT", help="A .toml file, or one of ours by name, such as code.")
-]
-Overrides = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Change a setting, such as federation.rounds=20; may be repeated.",
-        default_factory=list,
-        show_default=False,
-    ),
-]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]
 
 
@@ -168,54 +158,6 @@ def pretrain(experiment: Experiment = "code", *, overrides: Overrides) -> None:
 
 
 @app.command()
-def calibrate(
-    experiment: Experiment = "code",
-    *,
-    overrides: Overrides,
-    out: Annotated[Path | None, typer.Option(help="New file: the experiment with this block size.")] = None,
-) -> None:
-    """Find how many users this machine trains fastest in one stacked computation, and write it.
-
-    Runs on one core; let nothing else run meanwhile. Overrides are used for the measurement, not written.
-    """
-    from federation.config import load_config
-    from federation.files import write_file
-    from simulations.calibrate import calibrate, with_block
-    from simulations.progress import Terminal
-    from simulations.runs import prepare_base
-
-    path = experiment_path(experiment)
-    config = load_config(path, overrides)
-    if out is not None and out.exists():
-        raise ConfigError(f"--out names a new file, {out} exists; give another")
-    console = Console()
-    with Terminal(console) as progress:
-        prepare_base(config, progress)
-    best = calibrate(config, lambda r: console.print(f"{r.block:>6} users a block: {r.users_per_second:,.0f} users/s"))
-    console.print(f"compute.block = {best.block}")
-    if out is not None:
-        write_file(out, with_block(path.read_text(), best.block).encode())
-        _say_where(console, "experiment", out)
-
-
-@app.command()
-def unit_costs(experiment: Experiment = "code", *, overrides: Overrides) -> None:
-    """Measure what an active unit of each module costs in time, as a setting that prices units by it.
-
-    Runs on one core; let nothing else run meanwhile. The setting goes to the head of an experiment, or into --set.
-    """
-    from federation.config import load_config
-    from simulations.latency import cost_setting, unit_seconds
-    from simulations.progress import Terminal
-    from simulations.runs import prepare_base
-
-    config = load_config(experiment_path(experiment), overrides)
-    with Terminal(Console()) as progress:
-        prepare_base(config, progress)
-    typer.echo(cost_setting(unit_seconds(config)))
-
-
-@app.command()
 def evaluate(run_folder: RunFolder, *, overrides: Overrides) -> None:
     """Serve new users again by the pool of a finished run, with other settings. No pool is trained.
 
@@ -243,7 +185,7 @@ def report(
     if len(run_folders) == 1:
         _show_run(console, run_folders[0], read_record(run_folders[0]))
     else:
-        _say_where(console, "comparison", write_comparison(run_folders, out))
+        say_where(console, "comparison", write_comparison(run_folders, out))
 
 
 @app.command()
@@ -304,7 +246,7 @@ def export(
     size = sum(tensor.numel() * tensor.element_size() for tensor in adapter.tensors.values())
     console = Console()
     console.print(f"rank {adapter.config.r}, {size:,} bytes, for peft.PeftModel.from_pretrained(base, folder)")
-    _say_where(console, "adapter", out)
+    say_where(console, "adapter", out)
 
 
 @app.command()
@@ -366,8 +308,8 @@ def _show_run(console: Console, folder: Path, record: Any) -> None:
 
     if "methods" in record:
         console.print(terminal(result_table(record)))
-    _say_where(console, "record", folder / RECORD_NAME)
-    _say_where(console, "report", write_report(folder))
+    say_where(console, "record", folder / RECORD_NAME)
+    say_where(console, "report", write_report(folder))
 
 
 def _show_sweep(console: Console, trials: Sequence[Any], out: Path) -> None:
@@ -382,14 +324,10 @@ def _show_sweep(console: Console, trials: Sequence[Any], out: Path) -> None:
         console.print(variant, style="bold", markup=False, highlight=False)
         unit = unit_of(results(members[:1], out)[0].record)
         console.print(terminal(comparison_table(over_seeds(members, out), unit)))
-    _say_where(console, "record", out / SWEEP_NAME)
+    say_where(console, "record", out / SWEEP_NAME)
     for experiment in sorted({trial.experiment for trial in trials}):
         folders = [out / trial.name for trial in trials if trial.experiment == experiment]
-        _say_where(console, experiment, write_comparison(folders, out / f"{experiment}.html"))
-
-
-def _say_where(console: Console, what: str, path: Path) -> None:
-    console.print(f"{what + ':':<12}{path}", soft_wrap=True, markup=False, highlight=False)
+        say_where(console, experiment, write_comparison(folders, out / f"{experiment}.html"))
 
 
 def main() -> None:

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from federation.config import FREE_SETTINGS, GateConfig, RunConfig
+from federation.config import FREE_SETTINGS, GateConfig
 from federation.errors import RunError
-from federation.settings import parse
-from simulations.record import rounded
+from simulations.record import recorded_config, rounded
 from simulations.statistics import Floats, Groups, Interval, bootstrap, clustered_error
 from simulations.tables import (
     DENSE,
@@ -153,7 +152,7 @@ def gates_over_seeds(runs: Sequence[MeasuredRun]) -> dict[str, dict[str, Any]]:
     gate_entropy, unused_share and reward are of the last round that has them; revived counts all rounds.
     """
     record = runs[0].record
-    federations = federations_of(parse(RunConfig, record["config"]))
+    federations = federations_of(recorded_config(record, f"the run {record['name']!r}"))
     gates = {name: federations[name].gate for name in (MAIN, *record.get("federations", ()))}
     return {
         name: {**_asked(gate), **_ended([_history(run.record, name) for run in runs])}

@@ -66,7 +66,7 @@ def _seeds(record: Record) -> str:
 
 def _masks(record: Record) -> str:
     """Of a sweep, or of one run."""
-    if "variants" in record and "masks" not in record:
+    if record["kind"] == "sweep":
         return _markdown(*sweep_tables.masks(_only_variant(record)))
     rows = [(rule, f"{q['f1']:.3f}", f"{q['f1_of_type']:.3f}") for rule, q in record["masks"].items()]
     return _markdown(("mask", "F1 against the user's best", "F1 against its type's habit"), rows)

@@ -74,13 +74,13 @@ def as_costs(seconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def cost_setting(seconds: Mapping[str, float]) -> str:
-    """A setting in TOML, to be written at the head of an experiment or given as --set.
+    """A setting in TOML, for the [gate] section of an experiment.
 
     >>> cost_setting({"h.0.attn.c_attn": 1.2e-6})
-    'gate.reward.cost = {"h.0.attn.c_attn" = 1.2e-06}'
+    'reward.cost = { "h.0.attn.c_attn" = 1.2e-06 }'
     """
     each = ", ".join(f"{json.dumps(name)} = {taken:.3g}" for name, taken in seconds.items())
-    return f"gate.reward.cost = {{{each}}}"
+    return f"reward.cost = {{ {each} }}"
 
 
 def _rows(model: PooledModel, users: int, module: str, units: int) -> dict[str, Tensor]:

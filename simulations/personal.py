@@ -11,16 +11,14 @@ import numpy as np
 from torch import Tensor
 
 from client.personal import personalised
-from federation.config import RunConfig
 from federation.data.population import Population
 from federation.errors import PopulationError, RunError
 from federation.pool.model import PooledModel
-from federation.settings import parse
 from server.round import from_checkpoint
 from simulations.candidates import recorded_checkpoint
 from simulations.compute.worker import Worker
 from simulations.methods import known_methods
-from simulations.record import read_record
+from simulations.record import read_record, recorded_config
 from simulations.serve import Plan, Trained, payload, propose_masks, start_of, tune
 from simulations.variants import MAIN
 
@@ -43,7 +41,7 @@ def personal_rows(run: Path, user_id: int) -> tuple[PooledModel, dict[str, Tenso
             f"a user is personalised as {METHOD} was in a run's evaluation, {str(run)!r} measured "
             f"{sorted(record.get('methods', {}))}; run it with {METHOD!r} in evaluate.methods"
         )
-    config = parse(RunConfig, record["config"])
+    config = recorded_config(record, run)
     worker = Worker(config)
     _check_population(worker.population, record, user_id)
     setup = worker.setup(config)

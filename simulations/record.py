@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from federation.errors import RunError
+from federation.config import RunConfig
+from federation.errors import ConfigError, RunError
 from federation.files import write_file
+from federation.settings import parse
 from simulations.evaluate import Evaluation, MethodResult
 from simulations.statistics import Floats, Groups, bootstrap, clustered_error
 
@@ -107,6 +109,17 @@ def read_record(run: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or "kind" not in record:
         raise RunError(f"{path} is not a record of a run: it has no 'kind'")
     return record
+
+
+def recorded_config(record: Mapping[str, Any], place: Path | str) -> RunConfig:
+    """The configuration in a record. Raises RunError where it is none of this version's."""
+    try:
+        return parse(RunConfig, record["config"])
+    except ConfigError as error:
+        raise RunError(
+            f"a run is read by the version that wrote it, {place} is of an older version of fedquilt ({error}); "
+            "go on with the version that wrote it, or run it again"
+        ) from error
 
 
 def _method_entry(result: MethodResult, base_u: Floats, groups_u: Groups) -> dict[str, float]:

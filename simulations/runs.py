@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from federation.config import RunConfig, identity
 from federation.data.population import Population
 from federation.data.registry import make_population
-from federation.errors import ConfigError, RunError
+from federation.errors import ConfigError, PluginError, RunError
 from federation.settings import overridden, parse
 from federation.update import Values
 from server.checkpoint import checksum
@@ -35,6 +35,7 @@ from simulations.record import (
     method_table,
     provenance,
     read_record,
+    recorded_config,
     rounded,
     users_table,
     write_json,
@@ -114,18 +115,18 @@ def _train_and_serve(
 
 
 def check_setups(federations: Mapping[str, Setup]) -> None:
-    """Raises ConfigError, with its name, for a federation that cannot be trained: before any of them is."""
+    """Raises ConfigError or PluginError for a federation that cannot be trained: before any of them is."""
     for name, setup in federations.items():
         try:
             _ = setup.local, setup.rules
-        except ConfigError as error:
-            raise error if name == MAIN else ConfigError(f"in the variant {name!r}: {error}") from error
+        except (ConfigError, PluginError) as error:
+            raise error if name == MAIN else type(error)(f"in the variant {name!r}: {error}") from error
 
 
 def _claim(out: Path, config: RunConfig) -> None:
     """Writes the configuration of a run, unless the folder holds a run of another one."""
     path = out / CONFIG_NAME
-    if path.exists() and identity(parse(RunConfig, json.loads(path.read_text()))) != identity(config):
+    if path.exists() and identity(recorded_config({"config": json.loads(path.read_text())}, out)) != identity(config):
         raise RunError(
             f"a run resumes with the configuration it was started with, {out} was started with another; "
             "give that one, or another --out"
@@ -157,7 +158,8 @@ def reevaluate(folder: Path, overrides: Sequence[str], progress: Progress | None
             raise ConfigError(f"only evaluate.* can change once a run is finished, got {override!r}; simulate it anew")
         if override.strip().startswith("evaluate.tuning_users"):
             raise ConfigError(f"who chooses rates was kept out of the federations, so {override!r} needs a new run")
-    config = parse(RunConfig, overridden(read_record(folder)["config"], overrides))
+    recorded = recorded_config(read_record(folder), folder)
+    config = parse(RunConfig, overridden(recorded.model_dump(mode="json"), overrides))
     for name, federation in _federations(config).items():
         rounds = federation.federation.rounds
         done = last_checkpoint(folder / name).round_index if (folder / name).is_dir() else -1

@@ -18,7 +18,6 @@ import numpy as np
 from federation.config import FREE_SETTINGS, RunConfig, load_config
 from federation.errors import ConfigError, RunError
 from federation.plugins import suggest
-from federation.settings import parse
 from simulations.comparison import (
     MeasuredRun,
     Setting,
@@ -30,7 +29,7 @@ from simulations.comparison import (
 from simulations.compute.workers import on_device
 from simulations.methods import methods_of, parsed_name
 from simulations.progress import Progress
-from simulations.record import RECORD_NAME, USERS_NAME, paired, provenance, read_record, write_json
+from simulations.record import RECORD_NAME, USERS_NAME, paired, provenance, read_record, recorded_config, write_json
 from simulations.runs import CONFIG_NAME, run
 
 SWEEP_NAME = "sweep.json"
@@ -109,7 +108,7 @@ def is_finished(trial: Trial, out: Path) -> bool:
     folder = out / trial.name
     if not ((folder / RECORD_NAME).exists() and (folder / USERS_NAME).exists()):
         return False
-    if _deciding(parse(RunConfig, read_record(folder)["config"])) != _deciding(on_device(trial.config)):
+    if _deciding(recorded_config(read_record(folder), folder)) != _deciding(on_device(trial.config)):
         raise RunError(f"{folder} holds a run of another configuration; give another --out, or remove it")
     return True
 

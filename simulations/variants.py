@@ -60,8 +60,16 @@ def begins_as_the_teachers(federations: Mapping[str, RunConfig], name: str) -> b
 
 
 def differing(settings: Settings, other: Settings) -> dict[str, Any]:
-    """Those settings of `other` that differ, as nested tables of JSON."""
-    return _differing(settings.model_dump(mode="json"), other.model_dump(mode="json"))
+    """Those settings of `other` that differ, as nested tables of JSON. A table that is no section is one value."""
+    found, data = {}, other.model_dump(mode="json")
+    for key, value in other:
+        own = getattr(settings, key)
+        if isinstance(own, Settings) and isinstance(value, Settings):
+            if inner := differing(own, value):
+                found[key] = inner
+        elif own != value:
+            found[key] = data[key]
+    return found
 
 
 def _built_in(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -112,15 +120,3 @@ def _changed(settings: Settings, changes: Mapping[str, Any]) -> dict[str, Any]:
         own = getattr(settings, key, None)
         data[key] = _changed(own, value) if isinstance(own, Settings) and isinstance(value, Mapping) else value
     return data
-
-
-def _differing(data: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
-    for key, value in other.items():
-        own = data.get(key)
-        if isinstance(own, Mapping) and isinstance(value, Mapping):
-            if inner := _differing(own, value):
-                found[key] = inner
-        elif own != value:
-            found[key] = value
-    return found

@@ -5,7 +5,6 @@ Shapes: U users, P pairs, K = 2 P masks per user, G units.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from federation.errors import ConfigError
 from federation.estimators.protocol import DistributionKind, Draws, Estimate, Objective
-from federation.exploration import Exploration
+from federation.exploration import Exploration, log_weight
 from federation.mask_distribution import MaskDistribution
 
 _FLOOR = -1e9
@@ -57,9 +56,11 @@ class Disarm:
 
         log_pi_up = log_pair_probability(logits_ug, first_upg, second_upg)
         log_toward_up = log_pair_probability(toward_1g, first_upg, second_upg)
-        weight_up = _weight(log_pi_up, log_toward_up, exploration.share)
-        sign_upg = first_upg.to(logits_ug) - second_upg.to(logits_ug)
-        mean_ug = torch.einsum("up,upg->ug", weight_up * (first_up - second_up) / 2, sign_upg) / (samples // 2)
+        weight_up = log_weight(log_pi_up, log_toward_up, exploration.share).exp()
+        sign_upg = first_upg.to(weight_up) - second_upg.to(weight_up)
+        mean_ug = torch.einsum("up,upg->ug", weight_up * ((first_up - second_up) / 2).to(weight_up), sign_upg) / (
+            samples // 2
+        )
         return Estimate(mean_ug * torch.sigmoid(logits_ug.abs()), first_upg[:, 0], reward_uk)
 
 
@@ -75,9 +76,3 @@ def log_pair_probability(logits_ug: Tensor, first_upg: Tensor, second_upg: Tenso
     possible_upg = first_upg == (logits_ug > 0)[:, None]
     same_upg = torch.where(possible_upg, same_ug[:, None], _FLOOR)
     return torch.where(first_upg == second_upg, same_upg, different_ug[:, None]).sum(2)
-
-
-def _weight(log_pi_up: Tensor, log_toward_up: Tensor, share: float) -> Tensor:
-    """pi / beta of pairs, where beta = (1 - share) pi + share toward."""
-    explored_up = log_toward_up + (math.log(share) if share else -math.inf)
-    return (log_pi_up - torch.logaddexp(log_pi_up + math.log1p(-share), explored_up)).exp()

@@ -24,13 +24,12 @@ from federation.errors import ConfigError
 from federation.estimators.registry import ESTIMATORS
 from federation.gate_config import DistributionKind
 from federation.mask_distribution import Bernoulli, FixedBudget
-from federation.settings import parse
 from federation.update import Values
 from server.round import from_checkpoint
 from simulations.benchmarks.estimators import Given, Row, Side, averaged, compared, with_relatives
 from simulations.candidates import recorded_checkpoint
 from simulations.compute.worker import Worker
-from simulations.record import read_record
+from simulations.record import read_record, recorded_config
 from simulations.setup import Setup, first_pool, set_up, wrap
 
 KINDS: tuple[DistributionKind, ...] = get_args(DistributionKind)
@@ -88,7 +87,7 @@ def synthetic(kind: str, users: int, seed: int) -> Situation:
 def finished(run: Path, users: int) -> Situation:
     """The pool and the gate of a finished run, and its users. Raises ConfigError for a run without a gate."""
     record = read_record(run)
-    config = parse(RunConfig, record["config"])
+    config = recorded_config(record, run)
     if config.gate.policy != "gate":
         raise ConfigError(
             f"estimators are compared by what they tell a gate, the masks of {str(run)!r} are chosen by "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from client.evaluate import user_losses
+from client.limits import TaskLimits
 from client.node import Node, NodeConfig, software_version
 from client.personal_store import Kept, PersonalStore
 from client.round import RoundState
@@ -626,21 +627,16 @@ def test_a_wrong_task_leaves_the_model_as_it_was(tmp_path: Path, changed: str, s
         ("gate.samples=6", "samples"),
         ("gate.rebuild=11", "steps"),
         ("gate.reward.steps=11", "steps"),
-        ("gate.windows=[3, 41]", "examples"),
-        ("gate.hidden=51", "gate_width"),
-        ("gate.factors=51", "gate_width"),
-        ("gate.embedding=51", "gate_width"),
-        ("gate.estimator={name = 'ppo', options = {epochs = 11}}", "steps"),
-        ("gate.reward.quality.options={times = 11}", "steps"),
-        ("gate.rebuild=10", "evaluations"),
-        ("gate.reward.steps=10", "evaluations"),
+        ("gate.hidden=31", "gate_width"),
+        ("gate.factors=31", "gate_width"),
+        ("gate.embedding=31", "gate_width"),
     ],
 )
 def test_the_owner_limits_what_a_server_asks_of_the_device(tmp_path: Path, changed: str, limit: str) -> None:
     config, greedy = config_of(), config_of(changed)
     pool, other = pool_of(config), pool_of(greedy, 1)
     name, _, value = changed.partition("=")
-    limits = {"steps": 10, "examples": 40, "samples": 5}
+    limits = {"steps": 10, "examples": 40, "samples": 5, "gate_width": 30}
     with opened(config, tmp_path, pool, other, limits=limits) as node:
         said = f"a task's {name} is at most limits.{limit} of the node, {limits[limit]}, it is {value}; lower it"
         calls = (
@@ -654,6 +650,47 @@ def test_the_owner_limits_what_a_server_asks_of_the_device(tmp_path: Path, chang
                 call()
             assert raised.value.fault == "failed"
         node.adopt(pool.version)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("gate.windows=[41, 3]", r"gate\.windows is at most limits\.examples of the node, 40, it is 41; lower it"),
+        (
+            "gate.estimator={name='ppo', options={epochs=11}}",
+            r"estimator\.options\.epochs is .*limits\.steps .*is 11;",
+        ),
+        (
+            "gate.reward.quality.options={times=11}",
+            r"quality\.options\.times is .*limits\.steps .*it is 11;",
+        ),
+        (
+            "gate.rebuild=7",
+            r"\(gate\.rebuild \+ 1\) \* .* at most limits\.evaluations of the node, 23, it is 24;",
+        ),
+        ("gate.reward.steps=7", r"\(gate\.reward\.steps \+ 1\) is at most limits\.evaluations .* 23, it is 24; lower"),
+        (
+            "gate.estimator.name=alien",
+            r"one of limits\.estimators of the node, reinforce, .*, it is 'alien'; change",
+        ),
+        ("gate.reward.quality.name=alien", r"limits\.qualities of the node, loss, .*'alien'.*owner add the name"),
+    ],
+)
+def test_the_owner_limits_what_is_computed_and_whose_code_is_run(changed: str, said: str) -> None:
+    limits = TaskLimits(steps=10, examples=40, samples=5, evaluations=23)
+    limits.check(config_of().task)
+    limits.check(config_of("gate.windows=[40, 3]", "gate.estimator={name='ppo', options={epochs=10}}").task)
+    limits.check(config_of("gate.rebuild=6").task)
+    with pytest.raises(NodeError, match=said) as raised:
+        limits.check(config_of(changed).task)
+    assert raised.value.fault == "failed"
+
+
+def test_a_plugin_that_the_owner_allows_may_be_named() -> None:
+    limits = TaskLimits(estimators=("alien",), qualities=("alien",))
+    limits.check(config_of("gate.estimator.name=alien", "gate.reward.quality.name=alien").task)
+    with pytest.raises(NodeError, match=r"limits\.estimators of the node, alien, it is 'reinforce'"):
+        limits.check(config_of().task)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

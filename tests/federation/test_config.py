@@ -136,6 +136,26 @@ NO_GRADIENT = r"gate: a price on a fixed budget of equal units has no gradient; 
             ["gate.schedule=alternate", "gate.every=1"],
             r"gate: an alternating gate that learns in every round leaves the pool none; set every = 2",
         ),
+        (
+            ["gate.distribution=bernoulli", "gate.scope=global"],
+            r"gate: a scope is of fixed budgets, got scope = 'global' with .*; set scope = 'module', or distribution",
+        ),
+        (
+            ["gate.distribution=bernoulli", "gate.budgets=[2, 4]"],
+            r"gate: budgets are of fixed budgets, got \(2, 4\) with .*; set budgets = \[\], or distribution = 'budget'",
+        ),
+        (
+            ["gate.rebuild=2", "gate.inputs=['gains']"],
+            r"gate: what is rebuilt is an embedding .* rebuild = 2 with inputs = \['gains'\]; add 'embedding'",
+        ),
+        (
+            ["gate.rebuild=2", "gate.reward.steps=3"],
+            r"gate: an embedding is rebuilt by rewards before any step, got rebuild = 2 with reward.steps = 3; set one",
+        ),
+        (
+            ["gate.reward.cost=parameters"],
+            r"gate.reward: what units cost counts only with a price, got cost = 'parameters' .*; set a price, or cost",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_together_say_what_to_change(overrides: list[str], message: str) -> None:
@@ -233,6 +253,12 @@ def test_the_rounds_in_which_the_gate_chooses_and_learns_and_the_pool_rests(
 )
 def test_the_most_rows_of_a_module_of_nine_units(settings: dict[str, object], expected: int) -> None:
     assert parse(GateConfig, {"budget": 3, **settings}).max_rows(9) == expected
+
+
+def test_the_share_that_is_asked_for_is_the_target_or_the_budgets() -> None:
+    steered = parse(GateConfig, {"distribution": "bernoulli", "reward": {"price": 0.1, "target": 0.3}})
+    assert steered.share(6, 24) == 0.3
+    assert GateConfig().share(6, 24) == 0.25
 
 
 def test_every_field_says_what_it_is() -> None:

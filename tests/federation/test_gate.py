@@ -27,6 +27,7 @@ SPEC = GateSpec(
     factor_width=7,
     initial_alpha=4.0,
     interactions=True,
+    groups=3,
 )
 USERS = 8
 
@@ -113,11 +114,19 @@ def test_a_fresh_gate_is_the_saliency_rule() -> None:
         assert FixedBudget(logits, SPEC.modules, budget).mode().equal(saliency)
 
 
+def test_with_one_budget_for_all_modules_a_fresh_gate_takes_the_largest_gains_of_all() -> None:
+    of = state()
+    scaled = replace(of, gain_ug=of.gain_ug * torch.tensor([1.0, 5.0, 0.2]).repeat_interleave(4))
+    spec = replace(SPEC, groups=1)
+    mode = FixedBudget(spec.logits(spec.init(generator(0), 0.0), scaled), 1, 5).mode()
+    assert mode.equal(torch.zeros(USERS, 12, dtype=torch.bool).scatter_(1, scaled.gain_ug.topk(5).indices, True))
+
+
 @pytest.mark.parametrize("inputs", [("gains",), ("context",)])
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 0.9, 1.0])
 def test_a_fresh_bernoulli_gate_begins_near_its_share(share: float, inputs: tuple[GateInput, ...]) -> None:
     """The share of the likeliest mask with gains, the probability of every unit without."""
-    spec = replace(SPEC, modules=8, rank=64)
+    spec = replace(SPEC, modules=8, rank=64, groups=8)
     phi = spec.init(generator(0), first_threshold(share, GateConfig(inputs=inputs, initial_alpha=4.0)))
     of = normal_gains(spec, 200)
     if inputs == ("gains",):
@@ -214,14 +223,14 @@ def test_vjp_needs_no_gradient_mode() -> None:
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 def test_standardised_gains_have_mean_zero_and_deviation_one_at_any_scale(size: float) -> None:
     gain = size * torch.randn(5, 12, generator=generator(6))
-    gain_ujr = standardise(gain, modules=3).view(5, 3, 4)
+    gain_ujr = standardise(gain, groups=3).view(5, 3, 4)
     torch.testing.assert_close(gain_ujr.mean(2), torch.zeros(5, 3), rtol=0, atol=1e-6)
     torch.testing.assert_close(gain_ujr.std(2, correction=0), torch.ones(5, 3), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e-7, 3e20])
 def test_equal_gains_say_nothing(value: float) -> None:
-    assert standardise(torch.full((2, 96), value), modules=3).abs().max() == 0
+    assert standardise(torch.full((2, 96), value), groups=3).abs().max() == 0
 
 
 def test_the_docstring_says_where_everything_lies() -> None:

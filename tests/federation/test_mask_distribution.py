@@ -237,6 +237,37 @@ def test_logits_that_do_not_divide_into_modules_are_refused() -> None:
         FixedBudget(torch.zeros(1, 6), modules=4, budget=1)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_are_the_marginals_of_independent_units_or_modules(kind: str) -> None:
+    logits_g = EDGES["ordinary"].double()
+    masks, log_prob = by_enumeration(kind, logits_g)
+    ours = distribution(kind, logits_g[None]).log_prob_of_parts(masks[None])[0]
+    parts = 6 if kind == "bernoulli" else MODULES_AND_BUDGET[kind][0]
+    assert ours.shape == (len(masks), parts)
+    own = masks.view(len(masks), parts, -1)
+    same_mnp = (own[:, None] == own[None]).all(3)
+    torch.testing.assert_close(ours.exp(), (log_prob.exp()[None, :, None] * same_mnp).sum(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_logits_keep_the_kind(kind: str) -> None:
+    ours = distribution(kind, torch.zeros(2, 6)).with_logits(EDGES["ordinary"].double()[None])
+    masks, log_prob = by_enumeration(kind, EDGES["ordinary"].double())
+    torch.testing.assert_close(ours.log_prob(masks[None])[0], log_prob)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_masks_that_it_can_give_are_those_that_it_takes(kind: str) -> None:
+    possible = {tuple(mask) for mask in all_masks(kind).tolist()}
+    ours = distribution(kind, torch.zeros(1, 6))
+    for mask in itertools.product((False, True), repeat=6):
+        if mask in possible:
+            ours.check_masks(torch.tensor([[mask]]))
+        else:
+            with pytest.raises(MaskError, match="units in each module, got one with"):
+                ours.check_masks(torch.tensor([[mask]]))
+
+
 def test_a_mask_of_another_budget_has_no_log_prob() -> None:
     with pytest.raises(MaskError, match="has 2 units in each module, got one with 3"):
         FixedBudget(torch.zeros(1, 6), modules=2, budget=2).log_prob(torch.ones(1, 1, 6, dtype=torch.bool))

@@ -15,7 +15,8 @@ def base() -> BaseModel:
     """A layer that nothing is said of but its loss."""
 
     def loss(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        return (module(inputs) - targets).square().mean(1)
+        outputs: Tensor = module(inputs)
+        return (outputs - targets).square().mean(1)
 
     def features(module: nn.Module, inputs: Tensor) -> Tensor:
         return inputs

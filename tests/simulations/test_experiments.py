@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 
 from federation.config import load_config
+from federation.estimators.registry import check_estimator, make_estimator
+from federation.qualities import make_quality
 from simulations.methods import methods_of
+from simulations.sweep import claims_of
+from simulations.variants import begins_as_the_teachers, federations_of
 
 EXPERIMENTS = Path(__file__).parents[2] / "simulations" / "experiments"
 
@@ -15,6 +19,19 @@ def test_every_experiment_can_be_run(path: Path) -> None:
     config = load_config(path)
     assert config.name == path.stem
     assert len(methods_of(config)) == len(config.evaluate.methods) + 1
+    claims_of(config)
+    for federation in federations_of(config).values():
+        gate, quality = federation.gate, make_quality(federation.gate.reward.quality)
+        estimator = make_estimator(gate.estimator, gate.distribution)
+        check_estimator(estimator, gate.estimator.name, gate.distribution, gate.samples, quality.differentiable)
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.toml")), ids=lambda path: path.stem)
+def test_best_masks_are_asked_for_where_units_are_the_teachers(path: Path) -> None:
+    config = load_config(path)
+    federations = federations_of(config)
+    asked = {method.source for method in methods_of(config) if method.mask in ("best", "type", "informed")}
+    assert all(begins_as_the_teachers(federations, name) for name in asked)
 
 
 def test_the_evidence_is_the_demos_federation_with_more_methods() -> None:

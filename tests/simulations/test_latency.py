@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +12,10 @@ import torch
 from typer.testing import CliRunner
 
 from client.rewards import unit_costs
-from federation.config import RunConfig, load_config
+from federation.config import load_config
 from federation.data.registry import make_population
 from federation.errors import RunError
 from federation.pool.layers import _BOUND
-from federation.settings import overridden, parse
 from simulations import latency
 from simulations.cli import app
 from simulations.compute.worker import Worker
@@ -59,11 +60,16 @@ def test_a_cost_that_is_lost_in_noise_is_refused() -> None:
         as_costs({"a": 1e-9, "b": 0.0, "c": -1e-9})
 
 
-def test_the_command_prints_a_setting_that_a_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_prints_a_setting_for_an_experiments_gate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(latency, "unit_seconds", lambda config: {"fc1": 3.21987e-06, "fc2": 9e-06})
     result = CliRunner().invoke(app, ["unit-costs", "synthetic"])
     assert result.exit_code == 0, result.output
-    config = load_config(overrides=["gate.distribution=bernoulli", result.stdout.strip()])
+    experiment = tmp_path / "priced.toml"
+    experiment.write_text(
+        f'name = "priced"\n[gate]\ndistribution = "bernoulli"\nreward.price = 0.1\n{result.stdout}\n[local]\nsteps = 3\n'
+    )
+    config = load_config(experiment)
+    assert config.local.steps == 3
     assert config.gate.reward.cost == {"fc1": 3.22e-06, "fc2": 9e-06}
     costs_g = unit_costs(tiny_setup(tiny_config()).model.spec, config.gate.reward)
     assert float(costs_g[-1] / costs_g[0]) == pytest.approx(9 / 3.22)
@@ -71,5 +77,4 @@ def test_the_command_prints_a_setting_that_a_run_takes(monkeypatch: pytest.Monke
 
 def test_names_with_dots_are_one_key() -> None:
     setting = cost_setting({"h.0.attn.c_attn": 1.2e-6, 'odd"name': 12.0})
-    config = parse(RunConfig, overridden({}, [setting]))
-    assert config.gate.reward.cost == {"h.0.attn.c_attn": 1.2e-6, 'odd"name': 12.0}
+    assert tomllib.loads(setting)["reward"]["cost"] == {"h.0.attn.c_attn": 1.2e-6, 'odd"name': 12.0}

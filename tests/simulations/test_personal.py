@@ -84,6 +84,8 @@ def test_a_run_without_what_is_needed_is_refused(folder, tmp_path):
 
     refused(r"measured \['dsa_t0'\]; run it with 'dsa_t2'", methods={"dsa_t0": record["methods"]["dsa_t0"]})
     refused(r"measured \[\]", methods={})
+    old = record["config"] | {"gate": record["config"]["gate"] | {"price": 0.1}}
+    refused(r"changed is of an older version .*unknown key 'gate\.price'.*or run it again", config=old)
     refused("'synthetic' has changed", population=record["population"] | {"types": 3})
     shutil.rmtree(changed / "pool/checkpoints/round-000003")
     refused(r"round 2\) is another one; finish the run")

@@ -1,6 +1,7 @@
 """Sweeps: which trials there are, that finished ones stay, and what the summary says of them."""
 
 import json
+import shutil
 from itertools import combinations
 from pathlib import Path
 
@@ -160,6 +161,17 @@ def test_other_claims_are_made_of_finished_runs(swept: Path) -> None:
     claims = json.loads((swept / "sweep.json").read_text())["variants"]["tiny"]["claims"]
     assert [(claim["better"], claim["worse"]) for claim in claims] == [("dsa_t0", "base"), ("dsa_t2", "dsa_t0")]
     assert (swept / "tiny-seed0" / "record.json").read_bytes() == kept
+
+
+def test_a_run_of_an_older_version_is_not_taken_for_finished(swept: Path, tmp_path: Path) -> None:
+    shutil.copytree(swept, tmp_path / "old")
+    path = tmp_path / "old" / "tiny-seed0" / "record.json"
+    record = json.loads(path.read_text())
+    record["config"]["gate"]["price"] = 0.1
+    path.write_text(json.dumps(record))
+    result = sweep(TINY, *ASKED, "--seeds", 2, "--out", tmp_path / "old")
+    assert result.exit_code == 2
+    assert "tiny-seed0 is of an older version of fedquilt" in result.stderr
 
 
 def test_a_folder_with_another_configuration_is_not_taken_for_finished(swept: Path) -> None:

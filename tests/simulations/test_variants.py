@@ -15,7 +15,7 @@ import torch
 from client.personal import known_of, proposed_mask
 from federation.config import Policy, RunConfig, load_config
 from federation.data.population import Population
-from federation.errors import ConfigError, RunError
+from federation.errors import ConfigError, PluginError, RunError
 from federation.state import GATE_SECTION
 from federation.update import Values
 from simulations import runs
@@ -56,6 +56,14 @@ def test_a_variant_is_the_main_federation_but_for_what_it_says() -> None:
     assert differing(found["pool"], found["shared"]) == shared
 
 
+def test_tables_that_are_no_sections_differ_as_a_whole() -> None:
+    priced = "gate={distribution='bernoulli', reward={price=0.1, cost={fc1=1.0, fc2=2.0}}}"
+    options = "strategy={name='trimmed_mean', options={share=0.1}}"
+    found = federations(priced, options, "variants.v={gate={reward={cost={fc1=1.0}}}, strategy={options={}}}")
+    expected = {"gate": {"reward": {"cost": {"fc1": 1.0}}}, "strategy": {"options": {}}}
+    assert differing(found["pool"], found["v"]) == expected
+
+
 def test_another_plugin_does_not_inherit_options() -> None:
     options = "strategy={name='trimmed_mean', options={share=0.1}}"
     found = federations(options, "variants.other.strategy.name=fedavg", "variants.same.strategy.name=trimmed_mean")
@@ -64,9 +72,8 @@ def test_another_plugin_does_not_inherit_options() -> None:
 
 
 def test_a_table_that_is_no_section_is_replaced_as_a_whole() -> None:
-    found = federations(
-        "gate.distribution=bernoulli", "gate.reward.cost={fc1=1.0, fc2=2.0}", "variants.v.gate.reward.cost={fc1=3.0}"
-    )
+    priced = "gate={distribution='bernoulli', reward={price=0.1, cost={fc1=1.0, fc2=2.0}}}"
+    found = federations(priced, "variants.v.gate.reward.cost={fc1=3.0}")
     assert found["v"].gate.reward.cost == {"fc1": 3.0}
 
 
@@ -105,6 +112,24 @@ def test_all_federations_leave_the_same_users_out() -> None:
     population = Worker(config).population
     users = [list(federated_users(population, federation)) for federation in federations_of(config).values()]
     assert all(some == users[0] for some in users)
+
+
+@pytest.mark.parametrize(
+    ("own", "error", "message"),
+    [
+        ("gate={estimator={name='reinfroce'}}", PluginError, "in the variant 'v': .*'reinfroce'.*'reinforce'"),
+        ("gate={reward={quality={name='acuracy'}}}", PluginError, "in the variant 'v': .*'acuracy'.*'accuracy'"),
+        ("gate={estimator={name='disarm'}, samples=3}", ConfigError, "in the variant 'v': .*'disarm'.* multiples of 2"),
+        ("strategy={name='fedavgg'}", PluginError, "in the variant 'v': .*'fedavgg'.*'fedavg'"),
+    ],
+)
+def test_what_a_variant_cannot_make_is_refused_before_anything_is_trained(
+    tmp_path: Path, own: str, error: type[Exception], message: str
+) -> None:
+    config = tiny_config(f"variants.v={own}", "evaluate.methods=['dsa_t0[pool=v]']", "gate.distribution=bernoulli")
+    with pytest.raises(error, match=message):
+        run(config, tmp_path / "out")
+    assert not (tmp_path / "out" / "pool").exists()
 
 
 # -------------------------------------------------------------------------------- a run
@@ -306,7 +331,7 @@ def test_masks_are_of_the_teachers_units_where_the_pool_begins_as_the_teachers(
 def test_best_masks_of_other_units_are_refused(tmp_path: Path, name: str) -> None:
     options = "{train_users=60, new_users=20, widths=[8, 8, 8], rank=8, budget=2, kind='additive'}"
     config = tiny_config(f"population.options={options}", f"evaluate.methods=['{name}']")
-    with pytest.raises(ConfigError, match="the teacher's units, the pool of 'pool' has units of its own.*= 'teacher'"):
+    with pytest.raises(ConfigError, match=r"the teacher's units, the pool of 'pool' has units of its own.*= 'teacher'"):
         run(config, tmp_path / "out")
     assert not (tmp_path / "out" / "pool").exists()
 

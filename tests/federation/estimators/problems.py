@@ -109,6 +109,14 @@ class Black:
 
 
 @dataclass(frozen=True)
+class Untried(Curved):
+    """The same reward, of no mask."""
+
+    def reward(self, masks_ukg: Tensor) -> Tensor:
+        raise AssertionError("this estimator promised to try no masks")
+
+
+@dataclass(frozen=True)
 class Scripted:
     """Draws that were chosen beforehand, by purpose."""
 

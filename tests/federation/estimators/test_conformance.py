@@ -5,12 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from federation.config import EstimatorConfig
 from federation.estimators.protocol import Estimator
-from federation.estimators.registry import ESTIMATORS, check_estimator, make_estimator
-from tests.federation.estimators.problems import LOGITS, PROBLEMS, Black, Curved, Drawn, OneOf, Problem, replicas
+from federation.estimators.registry import ESTIMATORS, checked
+from tests.federation.estimators.problems import (
+    LOGITS,
+    PROBLEMS,
+    Black,
+    Curved,
+    Drawn,
+    OneOf,
+    Problem,
+    Untried,
+    replicas,
+)
 
-BIASED = ("ppo", "straight_through", "hard_concrete")
 SHARE = 0.2
 CASES = [
     (name, problem)
@@ -23,10 +31,9 @@ every_case = pytest.mark.parametrize(("name", "case"), CASES)
 
 def made(name: str, problem: Problem) -> tuple[Estimator, int]:
     """The estimator, and a number of masks that it takes."""
-    estimator = make_estimator(EstimatorConfig(name=name), problem.kind)
+    estimator = ESTIMATORS.make(name)
     samples = max(4, estimator.fewest, estimator.multiple)
     samples += -samples % estimator.multiple
-    check_estimator(estimator, name, problem.kind, samples, True)
     return estimator, samples
 
 
@@ -35,9 +42,7 @@ def test_an_estimate_has_its_shapes_and_a_possible_mask(name: str, case: str) ->
     problem = PROBLEMS[case]
     estimator, samples = made(name, problem)
     estimate = replicas(problem, estimator, SHARE, samples, 5, Curved())
-    assert estimate.gamma_ug.shape == estimate.mask_ug.shape == (5, problem.units)
-    assert estimate.mask_ug.dtype == torch.bool
-    assert estimate.reward_uk.shape == (5, samples)
+    assert checked(estimate, problem.distribution(problem.logits_g.expand(5, -1)), samples, name)
     assert estimate.gamma_ug.isfinite().all()
     assert estimate.reward_uk.isfinite().all()
     assert not estimate.gamma_ug.requires_grad
@@ -84,6 +89,22 @@ def test_only_a_differentiable_one_asks_for_the_rewards_gradient(name: str, case
 
 
 @every_case
+def test_only_one_that_tries_masks_asks_for_their_reward(name: str, case: str) -> None:
+    problem = PROBLEMS[case]
+    estimator, samples = made(name, problem)
+    pi = problem.distribution(problem.logits_g[None])
+
+    def estimate() -> object:
+        return estimator.estimate(pi, Untried(), problem.exploration(SHARE), samples, Drawn(1, 1))
+
+    if estimator.tries_masks:
+        with pytest.raises(AssertionError, match="promised"):
+            estimate()
+    else:
+        assert estimate()
+
+
+@every_case
 def test_the_trained_mask_follows_the_exploration_mixture(name: str, case: str) -> None:
     problem, users = PROBLEMS[case], 30_000
     estimator, _ = made(name, problem)
@@ -95,7 +116,7 @@ def test_the_trained_mask_follows_the_exploration_mixture(name: str, case: str) 
     assert ((seen - users * expected).abs() < 4.5 * (users * expected * (1 - expected)).sqrt() + 1).all()
 
 
-@pytest.mark.parametrize(("name", "case"), [case for case in CASES if case[0] not in BIASED])
+@pytest.mark.parametrize(("name", "case"), [case for case in CASES if ESTIMATORS.make(case[0]).unbiased])
 def test_the_unbiased_ones_estimate_the_gradient_of_the_expected_reward(name: str, case: str) -> None:
     problem, users = PROBLEMS[case], 200_000
     estimator, samples = made(name, problem)

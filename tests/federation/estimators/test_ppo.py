@@ -81,3 +81,14 @@ def test_a_heavy_divergence_term_keeps_the_logits_near() -> None:
         for kl in (0.0, 8.0)
     )
     assert held.norm() < 0.8 * free.norm()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+def test_ratios_that_would_overflow_give_finite_estimates(case: str, advantage: float) -> None:
+    """Every step makes the masks e^1000 times less or more likely, in single precision."""
+    problem, ppo = PROBLEMS[case], Ppo(epochs=6, rate=1000.0, kl=0.5)
+    pi = problem.distribution(problem.logits_g[None].float())
+    masks_ukg = problem.masks()[None, :5]
+    advantage_uk = advantage * torch.linspace(-1.0, 1.0, 5)[None]
+    assert ppo._mean_gradient(pi, masks_ukg, advantage_uk).isfinite().all()

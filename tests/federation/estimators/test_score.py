@@ -87,7 +87,7 @@ def test_self_critical_learns_nothing_from_the_mask_it_would_use() -> None:
 def test_the_gates_gradient_is_unbiased(case: str, share: float) -> None:
     problem, masks = PROBLEMS[case], PROBLEMS[case].masks()
     generator = torch.Generator().manual_seed(3)
-    spec = GateSpec(2, 3, 3, 2, hidden=4, factor_width=3, initial_alpha=1.5)
+    spec = GateSpec(2, 3, 3, 2, hidden=4, factor_width=3, initial_alpha=1.5, groups=2)
     phi = torch.randn(1, spec.size, generator=generator).double().mul(0.5).requires_grad_()
     features, embedding, gain = torch.split(torch.randn(1, 11, generator=generator).double(), [3, 2, 6], 1)
     embedding = embedding.clone().requires_grad_()

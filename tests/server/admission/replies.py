@@ -42,9 +42,9 @@ SIZES = (2, 1, 3, 2, 1)
 
 
 def config_of(*overrides: str) -> RunConfig:
-    small = ("gate.warmup=0", "compute.block=4", "deployment.replies=3", "limits.pool_norm=3.0", "limits.gate_norm=1.5")
+    small = ("compute.block=4", "deployment.replies=3", "limits.pool_norm=3.0", "limits.gate_norm=1.5")
     sizes = ("deployment.max_update_mib=0.001", "deployment.max_reply_mib=0.01", "deployment.quarantine_rounds=6")
-    return load_config(overrides=[*small, *sizes, *overrides])
+    return load_config(overrides=["gate.warmup=0", "gate.every=1", *small, *sizes, *overrides])
 
 
 def plan_of(sizes: Sequence[int] = SIZES, work: Work = WORK) -> Plan:
