@@ -27,12 +27,15 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Trials that are finished are kept: `rm -rf runs` first, to make records of this commit alone.
 evidence: venv
 	$(BIN)/fedquilt sweep evidence --seeds 5 --out runs/evidence
+	cp runs/evidence/sweep.json simulations/results/evidence.json
+	$(BIN)/python -m simulations.documents
 
 GATE := additive interacting hits estimators inputs budgets price late steps code
 
-# Records go to the tree last of all here too.
+# As for evidence; records go to the tree last of all.
 gate: venv
 	for name in $(GATE); do $(BIN)/fedquilt sweep gate-$$name --seeds 5 --out runs/gate-$$name || exit 1; done
 	for name in $(GATE); do cp runs/gate-$$name/sweep.json simulations/results/gate-$$name.json || exit 1; done

@@ -207,10 +207,11 @@ class FixedBudget:
         self.check_masks(masks_ukg)
         log_e_uj = self._log_e_rml[0, self.budget].view(-1, self.modules)
         chosen_ukg = masks_ukg * self.logits_ug[:, None]
-        return chosen_ukg.unflatten(2, (self.modules, self.rank)).sum(3) - log_e_uj[:, None]
+        by_module = chosen_ukg.reshape(*chosen_ukg.shape[:2], self.modules, self.rank)
+        return by_module.sum(3) - log_e_uj[:, None]
 
     def check_masks(self, masks_ukg: Tensor) -> None:
-        count_ukj = masks_ukg.unflatten(2, (self.modules, self.rank)).sum(3)
+        count_ukj = masks_ukg.reshape(*masks_ukg.shape[:2], self.modules, self.rank).sum(3)
         if not bool((count_ukj == self.budget).all()):
             worst = count_ukj[count_ukj != self.budget][0].item()
             raise MaskError(

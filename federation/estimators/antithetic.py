@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from federation.errors import ConfigError
-from federation.estimators.protocol import DistributionKind, Draws, Estimate, Objective
+from federation.estimators.protocol import Draws, Estimate, Objective
 from federation.exploration import Exploration, log_weight
+from federation.gate_config import DistributionKind
 from federation.mask_distribution import MaskDistribution
 
 _FLOOR = -1e9

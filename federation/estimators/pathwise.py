@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from federation.errors import ConfigError
-from federation.estimators.protocol import DistributionKind, Draws, Estimate, Objective
+from federation.estimators.protocol import Draws, Estimate, Objective
 from federation.estimators.score import BOTH, draw_masks
 from federation.exploration import Exploration
+from federation.gate_config import DistributionKind
 from federation.mask_distribution import MaskDistribution
 
 

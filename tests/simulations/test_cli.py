@@ -41,6 +41,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ([], "quilted from shared pieces"),
         (["simulate"], "Train a shared pool"),
         (["pretrain"], "Train the small base model"),
+        (["calibrate"], "trains fastest"),
+        (["unit-costs"], "costs in time"),
         (["evaluate"], "Serve new users again"),
         (["report"], "Draw the report"),
         (["sweep"], "several seeds"),

@@ -66,7 +66,7 @@ def test_the_command_prints_a_setting_for_an_experiments_gate(monkeypatch: pytes
     assert result.exit_code == 0, result.output
     experiment = tmp_path / "priced.toml"
     experiment.write_text(
-        f'name = "priced"\n[gate]\ndistribution = "bernoulli"\nreward.price = 0.1\n{result.stdout}\n[local]\nsteps = 3\n'
+        f'[gate]\ndistribution = "bernoulli"\nreward.price = 0.1\n{result.stdout}\n[local]\nsteps = 3\n'
     )
     config = load_config(experiment)
     assert config.local.steps == 3

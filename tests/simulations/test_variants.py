@@ -126,7 +126,7 @@ def test_all_federations_leave_the_same_users_out() -> None:
 def test_what_a_variant_cannot_make_is_refused_before_anything_is_trained(
     tmp_path: Path, own: str, error: type[Exception], message: str
 ) -> None:
-    config = tiny_config(f"variants.v={own}", "evaluate.methods=['dsa_t0[pool=v]']", "gate.distribution=bernoulli")
+    config = tiny_config(f"variants.v={{{own}}}", "evaluate.methods=['dsa_t0[pool=v]']", "gate.distribution=bernoulli")
     with pytest.raises(error, match=message):
         run(config, tmp_path / "out")
     assert not (tmp_path / "out" / "pool").exists()

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from federation.estimators.protocol import DistributionKind, Estimate, Estimator
+from federation.estimators.protocol import Estimate, Estimator
 from federation.exploration import Exploration
+from federation.gate_config import DistributionKind
 from federation.mask_distribution import Bernoulli, FixedBudget, MaskDistribution
 
 LOGITS = torch.tensor([0.3, -1.2, 2.1, 0.7, -0.4, 1.5, -0.8, 0.2], dtype=torch.float64)

@@ -21,7 +21,7 @@ from server.round import begin, rules_of
 from strategies.means import Sums
 from tests.server.admission.replies import SCHEMA, WORK, bits, config_of, payload_of, update_of
 
-CONFIG = config_of("limits.weight=0.9")
+CONFIG = config_of("limits.weight=0.75")
 RULES = rules_of(CONFIG, SCHEMA)
 STATE = begin(RULES, SCHEMA.zeros()).strategy
 TERMS = Terms(RULES, STATE, WORK.round_index, WORK.version, metric_names(CONFIG.gate, WORK.round_index))
@@ -53,9 +53,9 @@ def test_a_block_is_the_sum_of_its_users_clipped_capped_and_scaled() -> None:
     lifted = lift_payloads(TERMS, payloads({}), SCALES)
     assert (lifted.malformed, lifted.refused) == ({}, {})
     assert_lifted(lifted, payloads({}), SCALES)
-    weights = [min(float(update_of(user).weight_u), 0.9) * scale for user, scale in enumerate(SCALES)]
+    weights = [min(float(update_of(user).weight_u), 0.75) * scale for user, scale in enumerate(SCALES)]
     assert float(lifted.partial.weight) == pytest.approx(sum(weights), rel=1e-6)
-    assert any(float(update_of(user).weight_u) > 0.9 for user in range(5))
+    assert any(float(update_of(user).weight_u) > 0.75 for user in range(5))
 
 
 def test_bad_users_are_left_out_alone_and_named_by_their_position() -> None:
