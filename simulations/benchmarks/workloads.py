@@ -262,7 +262,8 @@ def task(name: str, users: int) -> Task:
     chosen = workload(name)
     spec = wrap(chosen.config, chosen.base()).spec
     uniform_ug = Streams(SEED).at("round", ROUND).uniform("mask", np.arange(users), (spec.units,))
-    mask_ug = highest(uniform_ug, spec, chosen.config.gate, chosen.config.gate.budget, chosen.config.gate.budget / spec.rank)
+    gate = chosen.config.gate
+    mask_ug = highest(uniform_ug, spec, gate, gate.budget, gate.budget / spec.rank)
     return Task(chosen, spec, pool_values(spec), mask_ug, WorkloadPopulation(name, users).data)
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from federation import gate
-from federation.gate_config import GateConfig, GateInput
 from federation.errors import ConfigError, PoolError
 from federation.gate import GateSpec, GateState, standardise
+from federation.gate_config import GateConfig, GateInput
 from federation.mask_distribution import Bernoulli, FixedBudget
 from federation.state import first_threshold
 

@@ -58,6 +58,7 @@ def parity_config(*overrides: str) -> RunConfig:
     return tiny_config(
         f"population.options={{{options}}}",
         "federation={rounds=3, shards=1, cohort=15}",
+        "gate.every=1",
         "codec.rows=int8",
         "limits={pool_norm=0.05, gate_norm=0.0005}",
         f"deployment={{nodes={NODES}, quorum=1.0}}",
