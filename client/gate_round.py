@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from client.policies import Known, distribution_of, gate_logits, gate_state
-from client.rewards import Adaptation, MaskReward, unit_costs
+from client.rewards import Adaptation, MaskReward
 from federation.config import GateConfig
-from federation.estimators.protocol import Draws, Estimate, Estimator
+from federation.estimators.protocol import Draws, Estimate
 from federation.estimators.registry import checked
 from federation.estimators.terms import balance, entropy_bonus, price
 from federation.exploration import Exploration, rarely_used
 from federation.gate import GateState
+from federation.learning import Learning
 from federation.mask_distribution import MaskDistribution
-from federation.qualities import Quality
 from federation.state import GATE_SECTION, LOAD_SECTION, PRICE_SECTION, gate_spec
 from federation.streams import Streams, UserIds
 from federation.update import Section, Values
@@ -71,21 +71,20 @@ def draw(proposed: Proposed, draws: Draws) -> Tensor:
 
 
 def estimate(
-    reward: MaskReward, proposed: Proposed, estimator: Estimator, gate: GateConfig, draws: Draws
+    reward: MaskReward, proposed: Proposed, learning: Learning, gate: GateConfig, draws: Draws
 ) -> tuple[Estimate, Tensor, Tensor]:
     """The estimate of the reward's gradient; and with the price, the entropy and the load balance, each user's
     gradients with respect to phi (U, |phi|) and to its embedding (U, E)."""
     model, values = reward.model, reward.values
     found = checked(
-        estimator.estimate(proposed.distribution, reward, proposed.exploration, gate.samples, draws),
+        learning.estimator.estimate(proposed.distribution, reward, proposed.exploration, gate.samples, draws),
         proposed.distribution,
         gate.samples,
         gate.estimator.name,
     )
     gamma_ug = found.gamma_ug
     if gate.reward.price:
-        costs = unit_costs(model.spec, gate.reward)
-        gamma_ug = gamma_ug + price(proposed.distribution, costs, _current_price(values, gate))
+        gamma_ug = gamma_ug + price(proposed.distribution, learning.cost_g, _current_price(values, gate))
     if gate.entropy:
         gamma_ug = gamma_ug + entropy_bonus(proposed.distribution, gate.entropy)
     if gate.balance:
@@ -99,16 +98,16 @@ def moved(embedding_ue: Tensor, gradient_ue: Tensor, gate: GateConfig) -> Tensor
     return torch.where(moved_ue.isfinite().all(1, keepdim=True), moved_ue, embedding_ue)
 
 
-def rebuilt(known: Known, quality: Quality, estimator: Estimator, gate: GateConfig, draws: UserDraws) -> Known:
+def rebuilt(known: Known, learning: Learning, gate: GateConfig, draws: UserDraws) -> Known:
     """What is known of users whose embedding is not: it takes `gate.rebuild` steps along its policy gradient.
 
     Rewards are those on the examples that the policy sees, since a device that is served has no others.
     """
     signals = known.signals
-    reward = MaskReward(signals.model, signals.values, signals.examples, quality, Adaptation((), 0, 0.0))
+    reward = MaskReward(signals.model, signals.values, signals.examples, learning.quality, Adaptation((), 0, 0.0))
     for step in range(gate.rebuild):
         fresh = replace(draws, streams=draws.streams.at("rebuild", step))
-        _, _, gradient_ue = estimate(reward, propose(known, gate), estimator, gate, fresh)
+        _, _, gradient_ue = estimate(reward, propose(known, gate), learning, gate, fresh)
         known = replace(known, embedding_ue=moved(known.embedding_ue, gradient_ue, gate))
     return known
 

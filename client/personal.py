@@ -65,8 +65,7 @@ def proposed_mask(task: Task, known: Known, user_ids: UserIds, policy: Policy) -
     """One policy's mask of each user, (U, G) bool."""
     gate = task.config.gate
     if policy == "gate" and gate.rebuild:
-        local, draws = task.local, UserDraws(task.streams.at(STREAM), user_ids)
-        known = rebuilt(known, local.quality, local.estimator, gate, draws)
+        known = rebuilt(known, task.local.learning, gate, UserDraws(task.streams.at(STREAM), user_ids))
     return policy_masks(policy, known, gate)
 
 

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from client.adapt import sgd
-from federation.config import RewardConfig
 from federation.data.population import Batch
-from federation.errors import ConfigError
 from federation.pool.model import PooledModel
-from federation.pool.spec import PoolSpec, gather, rows_of_mask
+from federation.pool.spec import gather, rows_of_mask
 from federation.qualities import Quality
 from federation.update import Values
 
@@ -70,17 +68,3 @@ class MaskReward:
             return rows
         batches = [batch.take(repeated) for batch in self.adaptation.batches]
         return sgd(self.model, rows, batches, self.adaptation.steps, self.adaptation.learning_rate, ("down", "up"))[0]
-
-
-def unit_costs(spec: PoolSpec, reward: RewardConfig) -> Tensor:
-    """What switching on each unit costs, (G,), with a mean of 1. Raises ConfigError for costs of other modules."""
-    if reward.cost == "units":
-        cost_j = torch.ones(len(spec.modules))
-    elif reward.cost == "parameters":
-        cost_j = torch.tensor([float(m.width) for m in spec.modules])
-    else:
-        names = [m.name for m in spec.modules]
-        if set(reward.cost) != set(names):
-            raise ConfigError(f"gate.reward.cost names every module, got {sorted(reward.cost)}; the pool has {names}")
-        cost_j = torch.tensor([reward.cost[name] for name in names])
-    return (cost_j / cost_j.mean()).repeat_interleave(spec.rank)

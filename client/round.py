@@ -18,10 +18,9 @@ from client.state import UserBlock
 from federation import masks
 from federation.config import GateConfig, LocalConfig
 from federation.data.population import Batch, Examples
-from federation.estimators.protocol import Estimator
+from federation.learning import Learning
 from federation.pool.model import PooledModel
 from federation.pool.spec import gather, rows_of_mask
-from federation.qualities import Quality
 from federation.state import GATE_SECTION, LOAD_SECTION, PRICE_SECTION
 from federation.streams import Streams, UserIds
 from federation.update import Section, UpdateBlock, Values
@@ -38,12 +37,11 @@ class RoundState:
 
 @dataclass(frozen=True)
 class LocalRule:
-    """How masks are chosen, what they are worth, how the gate learns, and how a user trains."""
+    """How masks are chosen, how a user trains, and what the gate learns by."""
 
     gate: GateConfig
     local: LocalConfig
-    estimator: Estimator
-    quality: Quality
+    learning: Learning
 
 
 @dataclass(frozen=True)
@@ -126,9 +124,9 @@ def _gate_choice(
 ) -> _Choice:
     gate, local, values = rule.gate, rule.local, state.values
     adaptation = Adaptation(_batches(data.support, local), gate.reward.steps, local.learning_rate)
-    reward = MaskReward(model, values, data.query, rule.quality, adaptation)
+    reward = MaskReward(model, values, data.query, rule.learning.quality, adaptation)
     if gate.rebuild and (unknown_u := ~users.embedding_ue.any(1)).any():
-        anew_ue = rebuilt(known, rule.quality, rule.estimator, gate, draws).embedding_ue
+        anew_ue = rebuilt(known, rule.learning, gate, draws).embedding_ue
         known = replace(known, embedding_ue=torch.where(unknown_u[:, None], anew_ue, known.embedding_ue))
     proposed = propose(known, gate)
     likely_ug = proposed.distribution.mode()
@@ -136,7 +134,7 @@ def _gate_choice(
     metrics = {"gate_entropy": entropy_u.masked_fill(proposed.overflows_u, math.nan)}
     sent, embedding_ue = {}, known.embedding_ue
     if gate.learns(state.round_index):
-        found, sent[GATE_SECTION], embedding_gradient_ue = estimate(reward, proposed, rule.estimator, gate, draws)
+        found, sent[GATE_SECTION], embedding_gradient_ue = estimate(reward, proposed, rule.learning, gate, draws)
         embedding_ue = moved(embedding_ue, embedding_gradient_ue, gate)
         metrics["reward"] = found.reward_uk.mean(1)
         metrics["reward_spread"] = found.reward_uk.std(1, correction=0)

@@ -9,12 +9,11 @@ from client.round import LocalRule
 from client.state import RecordLayout
 from federation.base import BaseModel
 from federation.config import CodecConfig, PoolConfig, Precision, TaskConfig
-from federation.estimators.registry import estimator_of
 from federation.formats import RowFormat
 from federation.gate import GateSpec
+from federation.learning import learning_of
 from federation.pool.model import PooledModel
 from federation.precision import in_precision
-from federation.qualities import make_quality
 from federation.state import GATE_SECTION, LOAD_SECTION, PRICE_SECTION, gate_spec, schema_of
 from federation.streams import Streams
 from federation.update import Schema
@@ -37,10 +36,9 @@ class Task:
 
     @cached_property
     def local(self) -> LocalRule:
-        """Raises ConfigError for an estimator that does not suit the masks or the reward."""
+        """Raises as `learning_of` does."""
         gate = self.config.gate
-        quality = make_quality(gate.reward.quality)
-        return LocalRule(gate, self.config.local, estimator_of(gate, quality.differentiable), quality)
+        return LocalRule(gate, self.config.local, learning_of(gate, self.model.base, self.model.spec))
 
     @property
     def streams(self) -> Streams:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from federation.base import BaseModel
 from federation.config import QualityConfig
-from federation.errors import ConfigError
 from federation.plugins import Plugins
 
 
@@ -38,16 +37,12 @@ class NegativeLoss:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The share of an example's targets that the base gets right. Raises ConfigError for a base that cannot say."""
+    """The share of an example's targets that are right, of a base that can say (`BaseModel.accuracy`)."""
 
     differentiable = False
 
     def measure(self, base: BaseModel, inputs: Tensor, targets: Tensor) -> Tensor:
-        if base.accuracy is None:
-            raise ConfigError(
-                f"gate.reward.quality = 'accuracy' needs a base model that defines it, {base.name!r} does not; "
-                "set it to 'loss', or to a quality of your own"
-            )
+        assert base.accuracy is not None, f"{base.name!r} has no accuracy"
         return base.accuracy(base.module, inputs, targets)
 
 

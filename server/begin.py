@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from federation.base import BaseModel
-from federation.config import GateConfig, RunConfig
+from federation.config import RunConfig
 from federation.errors import ConfigError
-from federation.estimators.registry import estimator_of
+from federation.learning import learning_of
 from federation.pool.model import PooledModel
-from federation.qualities import Accuracy, make_quality
 from federation.state import gate_spec, initial_values, schema_of
 from federation.streams import Streams
 from server.round import Rules, ServerState, begin, rules_of
@@ -24,21 +23,11 @@ def first_state(config: RunConfig, base: BaseModel) -> tuple[Rules, ServerState]
             f"a deployed pool starts fresh, got pool.start = {config.pool.start!r}: real users have no teacher, and a "
             "server trains no variants; drop it"
         )
-    _check_learning(config.gate, base)
+    planned = PooledModel.planned(base, config.pool.rank, config.pool.scale, config.pool.target_modules)
+    learning_of(config.gate, base, planned.spec)
     model = PooledModel.around(base, config.pool.rank, config.pool.scale, config.pool.target_modules)
     gate = gate_spec(model, config.gate)
     schema = schema_of(model.spec, gate, config.gate)
     rules = rules_of(config, schema)
     values = initial_values(model.spec, gate, schema, config.gate, Streams(config.seed).at("initial"))
     return rules, begin(rules, values)
-
-
-def _check_learning(gate: GateConfig, base: BaseModel) -> None:
-    """Raises PluginError for a quality or estimator that is unknown, ConfigError for those that do not fit."""
-    quality = make_quality(gate.reward.quality)
-    estimator_of(gate, quality.differentiable)
-    if gate.policy == "gate" and isinstance(quality, Accuracy) and base.accuracy is None:
-        raise ConfigError(
-            f"gate.reward.quality = 'accuracy' needs a base model that defines it, {base.name!r} does not; "
-            "set it to 'loss', or to a quality of your own"
-        )

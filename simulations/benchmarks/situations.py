@@ -109,7 +109,7 @@ def given(situation: Situation, kind: DistributionKind) -> Given:
     embedding_ue = setup.record_layout.fresh(ids).embedding_ue
     uniform_ug = streams.uniform("mask", ids, (setup.model.spec.units,))
     examples = data.support.window(0, situation.config.local.gain_examples)
-    reward = MaskReward(setup.model, values, data.query, setup.local.quality, Adaptation((), 0, 0.0))
+    reward = MaskReward(setup.model, values, data.query, setup.local.learning.quality, Adaptation((), 0, 0.0))
     share = situation.config.gate.share(gate.budget, setup.model.spec.rank)
     signals = Signals(setup.model, values, examples, gate.budget, share)
     proposed = propose(Known(signals, embedding_ue, uniform_ug), gate)
@@ -136,7 +136,7 @@ def variances(situations: Iterable[Situation], draws: int) -> dict[str, dict[str
 
 def sides(situation: Situation, kind: DistributionKind) -> list[Side]:
     """Two-sample leave-one-out, then those of our estimators that work for these masks and the run's quality."""
-    differentiable, samples = situation.setup.local.quality.differentiable, GateConfig().samples
+    differentiable, samples = situation.setup.local.learning.quality.differentiable, GateConfig().samples
     found = [Side("reinforce", ESTIMATORS.make("reinforce"), 2)]
     for name in ESTIMATORS.builtin:
         config = GateConfig().estimator if name == GateConfig().estimator.name else EstimatorConfig(name=name)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from client.policies import distribution_of
-from client.rewards import unit_costs
 from client.round import LocalRule, RoundData, RoundState, local_round, round_data
 from client.state import RecordLayout, UserBlock
 from client.task import Task
@@ -23,6 +22,7 @@ from federation.config import GateConfig, LocalConfig, PoolConfig, TaskConfig
 from federation.data.population import Batch
 from federation.exploration import Exploration, rarely_used
 from federation.gate import GateState
+from federation.learning import unit_costs
 from federation.mask_distribution import MaskDistribution
 from federation.pool.model import PooledModel
 from federation.state import GATE_SECTION, LOAD_SECTION, PRICE_SECTION, gate_spec, initial_values, schema_of

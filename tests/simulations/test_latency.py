@@ -11,10 +11,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from client.rewards import unit_costs
 from federation.config import load_config
 from federation.data.registry import make_population
 from federation.errors import RunError
+from federation.learning import unit_costs
 from federation.pool.layers import _BOUND
 from simulations import latency
 from simulations.cli import app
