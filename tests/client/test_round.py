@@ -47,7 +47,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "gate with interactions": {"interactions": True},
     "gate without gains": {"inputs": ["context", "embedding"]},
     "gate with budgets and windows": {"budgets": [1, 3], "windows": [1, 2]},
-    "gate, embedding rebuilt": {"rebuild": 2},
+    "gate, embedding rebuilt": {"rebuild": 2, "embedding_rate": 3.0},
     "gate, pool rests": {"schedule": "alternate", "every": 2},
     "gate rests": {"every": 4},
     "saliency": {"policy": "saliency"},
@@ -95,7 +95,9 @@ def case_of(make: MakeBase, gate: Mapping[str, Any], **local: Any) -> Case:
     if LOAD_SECTION in values:
         values[LOAD_SECTION] = values[LOAD_SECTION].abs()
     users = RecordLayout(config.embedding, -(-model.spec.units // 8)).fresh(IDS)
-    users = replace(users, embedding_ue=torch.randn(len(IDS), config.embedding, generator=generator))
+    embedding_ue = torch.randn(len(IDS), config.embedding, generator=generator)
+    embedding_ue[2] = 0.0  # of a user whose visits were all in the warm-up
+    users = replace(users, embedding_ue=embedding_ue, visits_u=torch.tensor([3, 1, 2, 5], dtype=torch.int32))
     data = RoundData(models.batch_for(model.base, len(IDS), 6, 1), models.batch_for(model.base, len(IDS), 3, 2))
     return Case(model, RoundState(values, ROUND, "v"), users, data, rule)
 
@@ -156,8 +158,8 @@ class PlainUser:
         assert first_loss is not None
         return [layer.rows - rows for layer, rows in zip(layers, start, strict=True)], first_loss
 
-    def reward(self, units: Tensor) -> float:
-        """Minus the query loss with these units, after the reward's steps on the support part."""
+    def reward(self, units: Tensor, judged: Batch, stop: int) -> float:
+        """Minus the loss with these units on the judged examples, after the reward's steps on the support part."""
         base = self.make()
         layers = models.with_plain_lora(base, self.rows(units), SCALE)
         optimizer = torch.optim.SGD([p for layer in layers for p in (layer.down, layer.up)], self.local.learning_rate)
@@ -166,15 +168,32 @@ class PlainUser:
             begin = step * self.local.examples
             self.loss(base, self.case.data.support, begin, begin + self.local.examples).backward()
             optimizer.step()
-        return -float(self.loss(base, self.case.data.query, 0, self.local.query_examples).detach())
+        return -float(self.loss(base, judged, 0, stop).detach())
 
-    def policy_gradient(self) -> tuple[Tensor, Tensor, Tensor]:
+    def embedding(self) -> Tensor:
+        """(1, E): what the user has; or, rebuilt from the examples that the gate sees, if it has none."""
+        embedding = self.case.users.embedding_ue[self.u : self.u + 1]
+        if embedding.any():
+            return embedding
+        for step in range(self.gate.rebuild):
+            judged = (self.case.data.support, self.local.gain_examples)
+            _, _, gradient = self.policy_gradient(embedding, STREAMS.at("rebuild", step), *judged)
+            embedding = embedding + self.gate.embedding_rate * gradient
+        return embedding
+
+    def round_gradient(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the round itself, on the query part."""
+        return self.policy_gradient(self.embedding(), STREAMS, self.case.data.query, self.local.query_examples)
+
+    def policy_gradient(
+        self, embedding: Tensor, streams: Streams, judged: Batch, stop: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The trained mask (G,), and the gradients of the gate (|phi|,) and the embedding (E,) by autograd."""
         base, units, gate = self.make(), self.case.model.spec.units, self.gate
         values, one = self.case.state.values, slice(self.u, self.u + 1)
         support = self.case.data.support.inputs[self.u, : self.local.gain_examples]
         phi = values[GATE_SECTION].clone().requires_grad_()
-        embedding = self.case.users.embedding_ue[one].clone().requires_grad_()
+        embedding = embedding.clone().requires_grad_()
         features = base.features(base.module, support).mean(0, keepdim=True).detach()
         gains = self.gains() if "gains" in gate.inputs else torch.zeros(1, units)
         examples = torch.full((1,), float(self.local.gain_examples))
@@ -188,14 +207,14 @@ class PlainUser:
         exploration = Exploration(gate.exploration, law(rarely_used(values[LOAD_SECTION][0], gate.share(BUDGET, RANK))))
         sampled, log_weight = exploration.sample(
             drawn_from,
-            STREAMS.uniform("mask", IDS[one], (gate.samples, units)),
-            STREAMS.uniform("explore", IDS[one], (gate.samples,)),
+            streams.uniform("mask", IDS[one], (gate.samples, units)),
+            streams.uniform("explore", IDS[one], (gate.samples,)),
         )
         slope = torch.zeros(1, units)
         if gate.estimator.name == "reinforce_gain":
-            slope = self.slope(drawn_from.inclusion()[0], self.case.data.query, self.local.query_examples)
+            slope = self.slope(drawn_from.inclusion()[0], judged, stop)
         objective = gate.entropy * policy.entropy().sum() + (slope * policy.inclusion()).sum()
-        unexplained = [self.reward(mask) - float((slope[0] * mask).sum()) for mask in sampled[0]]
+        unexplained = [self.reward(mask, judged, stop) - float((slope[0] * mask).sum()) for mask in sampled[0]]
         log_prob = policy.log_prob(sampled)[0]
         for k, reward in enumerate(unexplained):
             others = [r for i, r in enumerate(unexplained) if i != k]
@@ -263,6 +282,7 @@ def test_a_saliency_round_equals_a_plain_loop(make: MakeBase) -> None:
         "gate, rewards after steps",
         "gate with interactions",
         "gate without gains",
+        "gate, embedding rebuilt",
     ],
 )
 @pytest.mark.parametrize("make", [models.gpt2, models.mlp])
@@ -272,12 +292,12 @@ def test_a_round_of_the_gate_equals_a_plain_loop(make: MakeBase, policy: str) ->
     update, users = case.run()
     for u in range(len(IDS)):
         plain = PlainUser(make, case, u)
-        mask, phi_gradient, embedding_gradient = plain.policy_gradient()
+        mask, phi_gradient, embedding_gradient = plain.round_gradient()
         assert_trained(case, update, users, plain, mask)
         ids, rows = sent(update, GATE_SECTION, u)
         assert ids == [0]
         torch.testing.assert_close(rows[0], phi_gradient, rtol=1e-8, atol=1e-12)
-        moved = users.embedding_ue[u] - case.users.embedding_ue[u]
+        moved = users.embedding_ue[u] - plain.embedding()[0]
         expected = case.rule.gate.embedding_rate * embedding_gradient
         torch.testing.assert_close(moved, expected, rtol=1e-8, atol=1e-12)
     assert (update.sections[GATE_SECTION].rows_ukw.flatten(1).norm(dim=1) > 1e-7).any()
@@ -374,7 +394,7 @@ def test_a_round_changes_nothing_that_it_was_given(policy: str) -> None:
     assert all(torch.equal(case.state.values[name], rows) for name, rows in values.items())
     left = (case.users.embedding_ue, case.users.mask_ub, case.users.visits_u)
     assert all(torch.equal(a, b) for a, b in zip(given, left, strict=True))
-    assert users.visits_u.tolist() == [1] * len(IDS)
+    assert users.visits_u.tolist() == [4, 2, 3, 6]
 
 
 def test_a_warming_up_gate_draws_masks_at_random_and_learns_nothing() -> None:
