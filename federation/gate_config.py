@@ -42,7 +42,7 @@ class RewardConfig(Settings):
         "units", description="of a unit: 1, its parameters, or by module (measured latency); the mean counts as 1"
     )
     target: float | None = Field(None, gt=0, lt=1, description="share of active units to steer the price to")
-    price_rate: PositiveFloat = Field(0.05, description="largest step of log lambda in a round, towards the target")
+    price_rate: PositiveFloat = Field(0.02, description="largest step of log lambda in a round, towards the target")
 
     @model_validator(mode="after")
     def _what_a_price_steers_needs_one(self) -> Self:
