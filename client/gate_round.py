@@ -21,7 +21,7 @@ from federation.estimators.terms import balance, entropy_bonus, price
 from federation.exploration import Exploration, rarely_used
 from federation.gate import GateState
 from federation.learning import Learning
-from federation.mask_distribution import MaskDistribution
+from federation.mask_distribution import LARGEST_LOGIT, MaskDistribution
 from federation.state import GATE_SECTION, LOAD_SECTION, PRICE_SECTION, gate_spec
 from federation.streams import Streams, UserIds
 from federation.update import Section, Values
@@ -42,7 +42,8 @@ class UserDraws:
 class Proposed:
     """What the gate knew of U users, and the masks that it finds likely.
 
-    overflows_u: (U,) bool, whose data gave logits that are no numbers. Such a user's masks are as likely as each other.
+    overflows_u: (U,) bool, whose data gave logits that are no numbers, or larger than a distribution can take. Such a
+    user's masks are as likely as each other.
     """
 
     state: GateState
@@ -56,7 +57,7 @@ def propose(known: Known, gate: GateConfig) -> Proposed:
     signals, state = known.signals, gate_state(known, gate)
     modules, budget = len(signals.model.spec.modules), signals.budget
     logits_ug = gate_logits(signals, state, gate)
-    overflows_u = ~logits_ug.isfinite().all(1)
+    overflows_u = ~(logits_ug.abs() < LARGEST_LOGIT).all(1)
     distribution = distribution_of(logits_ug.masked_fill(overflows_u[:, None], 0.0), modules, gate, budget)
     toward = rarely_used(signals.values[LOAD_SECTION][0], signals.share)
     exploring = distribution_of(toward, modules, gate, budget)

@@ -1,6 +1,6 @@
 """The gate: a small policy network from a user's state to one logit per unit.
 
-    logit_ug = e_g . h(u) + exp(log_alpha + a . v_u) * (z_ug + sum_r' z_ujr' M_jr'r - c)
+    logit_ug = e_g . h(u) + exp(log_alpha + 2 tanh(a . v_u / 2)) * (z_ug + sum_r' z_ujr' M_jr'r - c)
 
     v_u = GELU(W1 x_u + b1), h(u) = W2 v_u + b2, and e_g = m_j * n_r (elementwise) for unit g = (j, r), so that the
     gate grows with J + R, not with G = J * R;
@@ -10,8 +10,8 @@
     units whose effects interact, gains are only the slope at one point: for a quadratic reward the best mask solves a
     linear system in them, and M learns what solves it.
 
-How far the gate trusts the gains depends on the user, and on how many examples they come from. c shifts all logits
-of a user alike: masks with a fixed budget do not see it, Bernoulli masks are sparser for a larger c.
+How far the gate trusts the gains depends on the user, within a factor of e^2, and on how many examples they come from.
+c shifts all logits of a user alike: masks with a fixed budget do not see it, Bernoulli ones are sparser for a larger c.
 
 The last layer of h, a and M are zero at first: an untrained gate is the saliency rule "take the units of highest
 first-order gain", and training learns what to correct.
@@ -49,6 +49,9 @@ from federation.errors import ConfigError, PoolError
 Parts = dict[str, Tensor]
 """phi by name."""
 
+_MOST_TRUST = 2.0
+"""How far the logarithm of a user's trust in gains may be from that of all: unbounded, it runs away in training."""
+
 
 @dataclass(frozen=True)
 class GateState:
@@ -84,12 +87,14 @@ def standardise(gain_ug: Tensor, groups: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Hidden:
-    """GELU's value v_u and slope (U, H), what the units' factors meet, h(u) (U, D), and the trust in gains (U, 1)."""
+    """GELU's value v_u and slope (U, H), what the units' factors meet, h(u) (U, D), the trust in gains (U, 1), and the
+    slope of its logarithm in a . v_u (U, 1)."""
 
     value_uh: Tensor
     slope_uh: Tensor
     output_ud: Tensor
     alpha_u1: Tensor
+    trust_slope_u1: Tensor
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,8 @@ class GateSpec:
         z_ug = standardise(state.gain_ug, self.groups)
         above_ug = self._worth(parts, z_ug) - parts["threshold"]
         d_log_alpha_u1 = hidden.alpha_u1 * (above_ug * gamma_ug).sum(1, keepdim=True)
-        d_value_uh = d_output_ud @ parts["output_weight"] + d_log_alpha_u1 * parts["alpha_weight"]
+        d_trust_u1 = d_log_alpha_u1 * hidden.trust_slope_u1
+        d_value_uh = d_output_ud @ parts["output_weight"] + d_trust_u1 * parts["alpha_weight"]
         d_sum_uh = d_value_uh * hidden.slope_uh
 
         # Each part is written where it lies in phi: a user's gradient is |phi| numbers, so copies would cost the most.
@@ -209,7 +215,7 @@ class GateSpec:
         factored_ujd = hidden.output_ud[:, None] * parts["module_factor"]
         out["rank_factor"].copy_(gamma_ujr.transpose(1, 2) @ factored_ujd)
         out["log_alpha"].copy_(d_log_alpha_u1)
-        torch.mul(d_log_alpha_u1, hidden.value_uh, out=out["alpha_weight"])
+        torch.mul(d_trust_u1, hidden.value_uh, out=out["alpha_weight"])
         torch.mul(-hidden.alpha_u1, gamma_ug.sum(1, keepdim=True), out=out["threshold"])
         if self.interactions:
             d_worth_ujr = hidden.alpha_u1[:, :, None] * gamma_ujr
@@ -237,5 +243,6 @@ class GateSpec:
         density_uh = torch.exp(-0.5 * sum_uh.square()) / math.sqrt(2.0 * math.pi)
         value_uh = sum_uh * normal_uh
         output_ud = F.linear(value_uh, parts["output_weight"], parts["output_bias"])
-        alpha_u1 = (parts["log_alpha"] + value_uh @ parts["alpha_weight"][:, None]).exp()
-        return _Hidden(value_uh, normal_uh + sum_uh * density_uh, output_ud, alpha_u1)
+        bounded_u1 = torch.tanh(value_uh @ parts["alpha_weight"][:, None] / _MOST_TRUST)
+        alpha_u1 = (parts["log_alpha"] + _MOST_TRUST * bounded_u1).exp()
+        return _Hidden(value_uh, normal_uh + sum_uh * density_uh, output_ud, alpha_u1, 1 - bounded_u1.square())

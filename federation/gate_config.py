@@ -36,7 +36,9 @@ class RewardConfig(Settings):
     """What a mask is worth to a user: quality on the query part, minus a price for what it switches on."""
 
     quality: QualityConfig = QualityConfig()
-    steps: int = Field(0, ge=0, description="SGD steps on both factors, on the support part, before the quality is measured")
+    steps: int = Field(
+        0, ge=0, description="SGD steps on both factors, on the support part, before the quality is measured"
+    )
     price: float = Field(0.0, ge=0, description="lambda, of a unit of mean cost; with a target: where it begins")
     cost: Literal["units", "parameters"] | dict[str, PositiveFloat] = Field(
         "units", description="of a unit: 1, its parameters, or by module (measured latency); the mean counts as 1"

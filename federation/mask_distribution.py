@@ -18,6 +18,8 @@ from federation.errors import ConfigError, MaskError
 
 _FLOOR = -1e9
 """The logarithm of an impossible event. Finite: the gradient of logaddexp(-inf, -inf) is NaN."""
+LARGEST_LOGIT = 1e6
+"""In size: sums of larger ones would reach the floor, and masks would not have their budget."""
 
 
 class MaskDistribution(Protocol):

@@ -382,6 +382,17 @@ def test_a_user_whose_numbers_overflow_harms_nobody_and_keeps_a_finite_embedding
         assert_same_round(update, users, u, *case.only(u).run())
 
 
+@pytest.mark.parametrize("policy", ["gate", "gate, Bernoulli", "gate, global budget"])
+def test_a_gate_that_has_run_away_stops_no_round_and_its_users_are_refused(policy: str) -> None:
+    """Its logits are numbers still, but larger than a distribution over masks can take."""
+    case = case_of(models.mlp, POLICIES[policy])
+    values = {name: rows.clone() for name, rows in case.state.values.items()}
+    gate_spec(case.model, case.rule.gate).parts(values[GATE_SECTION])["log_alpha"].fill_(40.0)
+    update, _ = replace(case, state=replace(case.state, values=values)).run()
+    schema = schema_of(case.model.spec, gate_spec(case.model, case.rule.gate), case.rule.gate)
+    assert set(admit(update, schema, Limits())[1].reasons) == set(range(len(IDS)))
+
+
 # -------------------------------------------------------------------------------- state
 
 

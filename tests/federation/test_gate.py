@@ -71,7 +71,7 @@ def logits_by_definition(phi: Tensor, of: GateState) -> Tensor:
         inputs = torch.cat((normed, said, embedding))
         hidden = gelu(p["input_weight"] @ inputs + p["input_bias"])
         h = p["output_weight"] @ hidden + p["output_bias"]
-        alpha = (p["log_alpha"][0] + p["alpha_weight"] @ hidden).exp()
+        alpha = (p["log_alpha"][0] + 2 * torch.tanh(p["alpha_weight"] @ hidden / 2)).exp()
         row = []
         for j in range(SPEC.modules):
             gains = gain[j * SPEC.rank : (j + 1) * SPEC.rank]
@@ -157,7 +157,8 @@ def test_trust_in_gains_depends_on_how_many_examples_they_come_from() -> None:
     parts["alpha_weight"].fill_(1.0)
     _, weight_of_budget, weight_of_examples, _ = torch.split(parts["input_weight"], [5, 1, 1, 2], 1)
     trust_few, trust_many = (
-        gelu(0.25 * weight_of_budget + examples * weight_of_examples).sum().exp() for examples in (1 / 8, 1.0)
+        (2 * torch.tanh(gelu(0.25 * weight_of_budget + examples * weight_of_examples).sum() / 2)).exp()
+        for examples in (1 / 8, 1.0)
     )
     ratio = SPEC.logits(phi, many) / SPEC.logits(phi, few)
     torch.testing.assert_close(ratio, (trust_many / trust_few).expand(1, 12))
@@ -209,7 +210,7 @@ def test_a_block_of_users_equals_single_users() -> None:
         torch.testing.assert_close(SPEC.logits(phi, only(u, of))[0], logits[u], rtol=1e-6, atol=1e-6)
         singles = SPEC.vjp(phi, only(u, of), gamma[u : u + 1])
         for single, block in zip(singles, gradients):
-            torch.testing.assert_close(single[0], block[u], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(single[0], block[u], rtol=1e-5, atol=1e-5)
 
 
 def test_vjp_needs_no_gradient_mode() -> None:
