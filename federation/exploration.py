@@ -65,7 +65,7 @@ def rarely_used(load_g: Tensor, share: float) -> Tensor:
     mean = used_g.mean()
     floor = 0.1 * mean + torch.finfo(load_g.dtype).tiny
     logits_g = ((mean + floor) / (used_g + floor)).log()
-    low, high = logits_g.new_tensor(-40.0), logits_g.new_tensor(40.0)
+    low, high = torch.full_like(mean, -40.0), torch.full_like(mean, 40.0)
     for _ in range(40):  # bisection: the mean of the probabilities grows with the shift
         middle = (low + high) / 2
         below = torch.sigmoid(logits_g + middle).mean() < share

@@ -100,9 +100,9 @@ def measure(config: RunConfig, rounds: int) -> Pipeline:
 
 
 def with_rounds(config: RunConfig, rounds: int) -> RunConfig:
-    """The federation, cut so that all of its rounds do the same: the gate chooses in each, a checkpoint ends each."""
+    """The federation, cut so that all of its rounds do the same: the gate learns in each, a checkpoint ends each."""
     federation = config.federation.model_copy(update={"rounds": rounds, "checkpoint_every": 1})
-    gate = config.gate.model_copy(update={"warmup": 0})
+    gate = config.gate.model_copy(update={"warmup": 0, "every": 1})
     return config.model_copy(update={"federation": federation, "gate": gate})
 
 

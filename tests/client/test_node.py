@@ -127,6 +127,10 @@ def assert_same(a: Any, b: Any) -> None:
         assert a.keys() == b.keys()
         for key in a:
             assert_same(a[key], b[key])
+    elif isinstance(a, tuple):
+        assert len(a) == len(b)
+        for left, right in zip(a, b):
+            assert_same(left, right)
     elif isinstance(a, Tensor | np.ndarray):
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
     else:
@@ -320,7 +324,9 @@ def test_measures_are_those_of_a_simulated_evaluation(tmp_path: Path) -> None:
     }
     expected = dict.fromkeys(plans, 0.0)
     for ids in (np.arange(60, 64), np.arange(64, 67)):
-        _, packed = propose_masks(worker, trained, ids)
+        choice = known["dsa_t0"].choice
+        assert choice is not None
+        _, packed = propose_masks(worker, trained, ids, [choice])
         _, served = serve_block(worker, trained, ids, packed, list(plans.values()))
         for name, plan in plans.items():
             expected[name] += float(served[plan].loss_u.sum()) * np.log(2.0)
@@ -594,7 +600,7 @@ def test_the_models_own_layers_may_be_named(tmp_path: Path, modules: list[str]) 
     [
         ("pool.target_modules=['fc1', 'norm']", "only nn.Linear"),
         ("pool.target_modules=['none']", "match no linear layer"),
-        ("pool.target_modules=['fc1']", "section 'gate' should be ((1, 167)"),
+        ("pool.target_modules=['fc1']", "section 'gate' should be ((1, 180)"),
         ("pool.scale=3.0", "a task has the pool.scale that its pool was trained with, 1.0 for"),
         ("local.steps=1001", "a task's local.steps is at most limits.steps of the node, 1000, it is 1001; lower it"),
     ],

@@ -96,9 +96,10 @@ def test_a_device_serves_what_a_simulation_serves(tmp_path: Path, distribution: 
     node.adopt(version)
     serving = Serving(node)
     for user_id in (0, 9, 12):
-        _, packed = propose_masks(worker, Trained(config, {"pool": values}, {}), np.array([user_id]))
-        trained = Trained(config, {"pool": values}, {"pool": config})
-        untuned = start_of(worker, trained, known_methods(config)["dsa_t0"], np.array([user_id]), packed)
+        trained, method = Trained(config, {"pool": values}, {"pool": config}), known_methods(config)["dsa_t0"]
+        assert method.choice is not None
+        _, packed = propose_masks(worker, trained, np.array([user_id]), [method.choice])
+        untuned = start_of(worker, trained, method, np.array([user_id]), packed)
         assert equal(rows_of(serving, str(user_id)), dict(untuned.rows))
         figures = serving.personalize(str(user_id))
         rows = rows_of(serving, str(user_id))
@@ -126,8 +127,9 @@ def test_a_release_without_a_gate_serves_by_its_policy(node: Node, policy: str) 
     worker = Worker(parse(RunConfig, TASK | {"population": SYNTHETIC, "gate": TASK["gate"] | {"policy": policy}}))
     run_config = parse(RunConfig, TASK | {"population": SYNTHETIC, "evaluate": {"gain_examples": 8}})
     trained = Trained(run_config, {"pool": values}, {"pool": run_config})
-    _, packed = propose_masks(worker, trained, np.array([3]))
     method = replace(known_methods(run_config)["dsa_t0"], mask=policy)
+    assert method.choice is not None
+    _, packed = propose_masks(worker, trained, np.array([3]), [method.choice])
     assert equal(rows, dict(start_of(worker, trained, method, np.array([3]), packed).rows))
 
 

@@ -167,7 +167,7 @@ def test_a_chunk_that_is_done_again_gives_the_same_and_keeps_the_same(tmp_path: 
     def chunk(round_index: int) -> tuple[dict[str, torch.Tensor], UserBlock]:
         broadcast = Broadcast(RoundState(values, round_index, "v"), setup.begin().strategy)
         partial, _ = run_chunk(worker, broadcast, config, tmp_path, ids)
-        return partial.rows, worker.store(setup, tmp_path).read(ids, before_round=round_index + 1)
+        return partial[0].rows, worker.store(setup, tmp_path).read(ids, before_round=round_index + 1)
 
     chunk(2)
     (rows, users), (rows_again, users_again) = chunk(3), chunk(3)

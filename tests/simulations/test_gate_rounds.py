@@ -51,7 +51,7 @@ def masks_of_round_2(config: RunConfig, folder: Path) -> torch.Tensor:
         return masks.unpack(store.read(cohort, before_round=3).mask_ub, setup.model.spec.units)
 
 
-SURE = ("gate.distribution=bernoulli", "gate.initial_alpha=1e6", "gate.exploration=0.0")
+SURE = ("gate.distribution=bernoulli", "gate.initial_alpha=1e4", "gate.exploration=0.0")
 """Of a gate that is so sure that the masks it draws are those that it finds likely."""
 
 
