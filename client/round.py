@@ -12,7 +12,7 @@ from torch import Tensor
 
 from client.adapt import sgd
 from client.gate_round import UserDraws, dense_sections, draw, estimate, moved, off_target, propose, rebuilt
-from client.policies import Known, Signals, highest, policy_masks
+from client.policies import Known, Signals, policy_masks
 from client.rewards import Adaptation, MaskReward
 from client.state import UserBlock
 from federation import masks
@@ -103,14 +103,12 @@ def _choose(
     budget = _drawn("budget", gate.budgets, gate.budget, streams)
     window = _drawn("window", gate.windows, rule.local.gain_examples, streams)
     draws = UserDraws(streams, users.ids)
-    share = gate.share(budget, model.spec.rank)
-    signals = Signals(model, values, data.support.window(0, window), budget, share)
+    signals = Signals(model, values, data.support.window(0, window), budget, gate.share(budget, model.spec.rank))
     known = Known(signals, users.embedding_ue, draws.uniform("mask", (model.spec.units,)))
-    if gate.policy == "gate" and not gate.chooses(state.round_index):
-        return _Choice(highest(known.uniform_ug, model.spec, gate, budget, share), users.embedding_ue)
-    if gate.policy != "gate":
-        return _Choice(policy_masks(gate.policy, known, gate), users.embedding_ue)
-    return _gate_choice(model, state, users, data, known, rule, draws)
+    if gate.chooses(state.round_index):
+        return _gate_choice(model, state, users, data, known, rule, draws)
+    policy = "random" if gate.policy == "gate" else gate.policy  # a gate that warms up
+    return _Choice(policy_masks(policy, known, gate), users.embedding_ue)
 
 
 def _gate_choice(

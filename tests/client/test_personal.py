@@ -104,6 +104,21 @@ def test_one_gate_serves_any_budget(house: House, budget: int) -> None:
         assert mask_ug.view(len(IDS), -1, house.spec.rank).sum(2).eq(budget).all()
 
 
+@pytest.mark.parametrize(("target", "active"), [(None, 4), (0.5, 8)])
+def test_policies_that_learn_nothing_take_the_share_of_independent_units_that_is_asked_for(
+    target: float | None, active: int
+) -> None:
+    """Of 16 units: the budget's 2 in 8, or the target; and of the gains, the largest of all modules."""
+    steered = [f"gate.reward={{price=0.01, target={target}}}"] if target else []
+    house = House("gate.distribution='bernoulli'", *steered)
+    proposals = proposed_masks(house, IDS)
+    for policy in ("saliency", "magnitude", "random"):
+        assert proposals[policy].sum(1).eq(active).all(), policy
+    gain_ug = known_of(house.task, house.values, house.worker, IDS, 8, 2).signals.gain_ug
+    for gain_g, mask_g in zip(gain_ug, proposals["saliency"], strict=True):
+        assert gain_g[mask_g].min() > gain_g[~mask_g].max()
+
+
 def test_a_rebuilt_embedding_follows_the_users_own_examples(house: House) -> None:
     """Each user's is rebuilt from its own examples alone, and it moves who is known by them alone."""
     changes = ("gate.rebuild=3", "gate.embedding_rate=300.0")
