@@ -40,6 +40,7 @@ from federation.base import BaseModel
 from federation.config import PopulationConfig, Precision, TaskConfig
 from federation.data.population import Batch, Part, Population
 from federation.data.registry import make_population
+from federation.data.source import OnDevice
 from federation.devices import CPU, making_tensors_on, moved
 from federation.errors import ConfigError, FedquiltError, NodeError
 from federation.exchange import (
@@ -99,6 +100,7 @@ class Node:
     def __init__(self, config: NodeConfig) -> None:
         self.config, self.device = config, _device(config.device)
         self.population: Population = make_population(config.population)
+        self._source = OnDevice(self.population, self.device)
         private_folder(config.state)
         remove_leftovers(config.state)
         self._pools = Pools(config.state)
@@ -219,9 +221,17 @@ class Node:
         return self._pools.release
 
     def batch(self, user_ids: UserIds, part: Part, size: int | None, streams: Streams) -> Batch:
-        """As of the population, on the node's device. Populations make their data on the CPU."""
-        with making_tensors_on(CPU):
-            return moved(self.population.batch(user_ids, part, size, streams), self.device)
+        """As of the population, on the node's device."""
+        return self._source.batch(user_ids, part, size, streams)
+
+    @property
+    def tasks(self) -> int:
+        """As of `OnDevice`."""
+        return self._source.tasks
+
+    def of_task(self, index: int) -> OnDevice:
+        """As of `OnDevice`."""
+        return self._source.of_task(index)
 
     def user_id(self, name: str) -> int:
         """The id of one of the node's users. Raises NodeError for a name of nobody here; see `OwnUsers.id_of`."""

@@ -23,6 +23,7 @@ from federation.config import GateConfig, Policy
 from federation.data.population import Batch
 from federation.gate import GateState
 from federation.mask_distribution import Bernoulli, FixedBudget, MaskDistribution
+from federation.meta_config import StartConfig
 from federation.pool.model import PooledModel
 from federation.pool.spec import PoolSpec
 from federation.state import GATE_SECTION, gate_spec
@@ -46,6 +47,12 @@ class Signals:
     def features_uf(self) -> Tensor:
         """(U, F): one forward pass of the frozen model."""
         return self.model.features(self.examples)
+
+    def context(self, start: StartConfig) -> Tensor:
+        """What f_init is told, (U, F); where it is told nothing, of width 0."""
+        return (
+            self.features_uf if start.name == "contextual" else self.examples.weight.new_zeros(self.examples.users, 0)
+        )
 
     @cached_property
     def gain_ug(self) -> Tensor:

@@ -10,17 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from client.adapt import sgd
 from client.gate_round import UserDraws, dense_sections, draw, estimate, moved, off_target, propose, rebuilt
+from client.inner import Inner
+from client.meta import SIGNALS, Lesson
 from client.policies import Known, Signals, policy_masks
 from client.rewards import Adaptation, MaskReward
 from client.state import UserBlock
 from federation import masks
-from federation.config import GateConfig, LocalConfig
-from federation.data.population import Batch, Examples
+from federation.config import GateConfig, LocalConfig, MetaConfig
+from federation.data.population import Batch, Examples, Sequenced, side_by_side
+from federation.errors import PopulationError
+from federation.learner import ActiveUnits, Learner
 from federation.learning import Learning
 from federation.pool.model import PooledModel
-from federation.pool.spec import gather, rows_of_mask
+from federation.pool.spec import rows_of_mask
 from federation.state import GATE_SECTION, LOAD_SECTION, PRICE_SECTION
 from federation.streams import Streams, UserIds
 from federation.update import Section, UpdateBlock, Values
@@ -37,11 +40,13 @@ class RoundState:
 
 @dataclass(frozen=True)
 class LocalRule:
-    """How masks are chosen, how a user trains, and what the gate learns by."""
+    """How masks are chosen, how a user trains and what it sends of that, and what the gate learns by."""
 
     gate: GateConfig
     local: LocalConfig
+    meta: MetaConfig
     learning: Learning
+    learner: Learner
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,25 @@ class RoundData:
 
 
 def round_data(examples: Examples, user_ids: UserIds, rule: LocalRule, streams: Streams) -> RoundData:
-    """Draws a round's examples. `streams` is the round's."""
-    local = rule.local
-    size = max(local.gain_examples, *rule.gate.windows, local.different_batches * local.examples)
+    """Draws a round's examples. `streams` is the round's.
+
+    Of several tasks (`meta.tasks`), the steps see one after the other, and the query part is of all of them.
+    Raises PopulationError where users have no such sequence.
+    """
+    local, tasks = rule.local, rule.meta.tasks
+    if tasks == 1:
+        size = max(local.gain_examples, *rule.gate.windows, local.different_batches * local.examples)
+        return RoundData(
+            examples.batch(user_ids, "support", size, streams.at("support")),
+            examples.batch(user_ids, "query", local.query_examples, streams.at("query")),
+        )
+    if not isinstance(examples, Sequenced):
+        raise PopulationError(f"meta.tasks = {tasks} needs users with a sequence of tasks; set it to 1")
+    each, query = local.steps // tasks * local.examples, local.query_examples
+    own = [(examples.of_task(at), at) for at in range(tasks)]
     return RoundData(
-        examples.batch(user_ids, "support", size, streams.at("support")),
-        examples.batch(user_ids, "query", local.query_examples, streams.at("query")),
+        side_by_side([task.batch(user_ids, "support", each, streams.at("support", at)) for task, at in own]),
+        side_by_side([task.batch(user_ids, "query", query, streams.at("query", at)) for task, at in own]),
     )
 
 
@@ -73,8 +91,8 @@ def local_round(
     """
     gate, values = rule.gate, state.values
     chosen = _choose(model, state, users, data, rule, streams)
-    pool, loss_u = _train(model, state, chosen.mask_ug, _batches(data.support, rule.local), rule)
-    metrics = {"support_loss": loss_u, "active_share": chosen.mask_ug.float().mean(1), **chosen.metrics}
+    trained, learned = _train(model, state, chosen, data, rule)
+    metrics = {"active_share": chosen.mask_ug.float().mean(1), **learned, **chosen.metrics}
     dense = dense_sections(values, chosen.sent, len(users)) if gate.policy == "gate" else {}
     users = replace(
         users,
@@ -83,14 +101,15 @@ def local_round(
         visits_u=users.visits_u + 1,
     )
     weight_u = torch.ones(len(users))
-    return UpdateBlock({**pool, **dense}, weight_u, metrics, state.round_index, state.pool_version), users
+    return UpdateBlock({**trained, **dense}, weight_u, metrics, state.round_index, state.pool_version), users
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """The mask that each user trains, its embedding afterwards, and what it sends of the gate."""
+    """The mask that each user trains, by what signals, its embedding afterwards, and what it sends of the gate."""
 
     mask_ug: Tensor
+    signals: Signals
     embedding_ue: Tensor
     sent: Mapping[str, Tensor] = field(default_factory=dict)
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
@@ -108,7 +127,7 @@ def _choose(
     if gate.chooses(state.round_index):
         return _gate_choice(model, state, users, data, known, rule, draws)
     policy = "random" if gate.policy == "gate" else gate.policy  # a gate that warms up
-    return _Choice(policy_masks(policy, known, gate), users.embedding_ue)
+    return _Choice(policy_masks(policy, known, gate), signals, users.embedding_ue)
 
 
 def _gate_choice(
@@ -142,25 +161,39 @@ def _gate_choice(
     sent[LOAD_SECTION] = likely_ug.float() - values[LOAD_SECTION]
     if gate.reward.target is not None:
         sent[PRICE_SECTION] = off_target(likely_ug, gate.reward.target)
-    return _Choice(mask_ug, embedding_ue, sent, metrics)
+    return _Choice(mask_ug, known.signals, embedding_ue, sent, metrics)
 
 
 def _train(
-    model: PooledModel, state: RoundState, mask_ug: Tensor, batches: Sequence[Batch], rule: LocalRule
-) -> tuple[dict[str, Section], Tensor]:
-    """The pool's sections, and each user's loss before the first step. Where the pool rests, padding."""
-    gate, local, spec = rule.gate, rule.local, model.spec
+    model: PooledModel, state: RoundState, chosen: _Choice, data: RoundData, rule: LocalRule
+) -> tuple[dict[str, Section], dict[str, Tensor]]:
+    """What users send of the pool and of what is learned besides, and the metrics. Where the pool rests, padding."""
+    gate, local, meta, learner = rule.gate, rule.local, rule.meta, rule.learner
     rests = gate.rests(state.round_index)
-    ids_ujk, valid_ujk = rows_of_mask(mask_ug, len(spec.modules), gate.max_rows(spec.rank))
-    start = gather(state.values, spec, ids_ujk, valid_ujk)
-    factors = () if rests else local.factors(state.round_index)
-    trained, loss_u = sgd(model, start, batches, local.steps, local.learning_rate, factors)
-    sent_ujk = torch.zeros_like(valid_ujk) if rests else valid_ujk
-    sections = {
-        m.section: Section(ids_ujk[:, j].int(), sent_ujk[:, j], trained[m.section] - start[m.section])
-        for j, m in enumerate(spec.modules)
-    }
-    return sections, loss_u
+    active = ActiveUnits(*rows_of_mask(chosen.mask_ug, len(model.spec.modules), gate.max_rows(model.spec.rank)))
+    lesson = Lesson(
+        Inner(
+            model,
+            learner,
+            active,
+            chosen.signals.context(meta.start),
+            () if rests else local.factors(state.round_index),
+        ),
+        learner.copies(state.values, active),
+        _batches(data.support, local),
+        local.steps,
+        data.query,
+        meta.query_steps or (local.steps,),
+        meta.recompute,
+    )
+    outer = SIGNALS[meta.signal](lesson)
+    withheld_u = outer.withheld(data.query)
+    metrics = {"support_loss": outer.support_loss_u}
+    if outer.query_loss_u is not None:
+        metrics["query_loss"] = torch.where(withheld_u, outer.support_loss_u, outer.query_loss_u)
+        metrics["withheld"] = withheld_u.float()
+    nobody_u = torch.ones_like(withheld_u) if rests else withheld_u
+    return learner.sent(outer.directions, active, ~nobody_u), metrics
 
 
 def _batches(support: Batch, local: LocalConfig) -> list[Batch]:

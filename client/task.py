@@ -11,6 +11,7 @@ from federation.base import BaseModel
 from federation.config import CodecConfig, PoolConfig, Precision, TaskConfig
 from federation.formats import RowFormat
 from federation.gate import GateSpec
+from federation.learner import LEARNED_PREFIXES, Learner, learner_of
 from federation.learning import learning_of
 from federation.pool.model import PooledModel
 from federation.precision import in_precision
@@ -32,13 +33,17 @@ class Task:
 
     @cached_property
     def schema(self) -> Schema:
-        return schema_of(self.model.spec, self.gate, self.config.gate)
+        return schema_of(self.learner, self.gate, self.config.gate)
+
+    @cached_property
+    def learner(self) -> Learner:
+        return learner_of(self.config.meta, self.config.local, self.model)
 
     @cached_property
     def local(self) -> LocalRule:
         """Raises as `learning_of` does."""
-        gate = self.config.gate
-        return LocalRule(gate, self.config.local, learning_of(gate, self.model.base, self.model.spec))
+        gate, learning = self.config.gate, learning_of(self.config.gate, self.model.base, self.model.spec)
+        return LocalRule(gate, self.config.local, self.config.meta, learning, self.learner)
 
     @property
     def streams(self) -> Streams:
@@ -51,7 +56,7 @@ class Task:
     @property
     def update_formats(self) -> dict[str, RowFormat]:
         """How each part of an update is written: all but the pool's rows as fp32."""
-        dense = dict.fromkeys((GATE_SECTION, LOAD_SECTION, PRICE_SECTION), RowFormat("fp32"))
+        dense = dict.fromkeys((GATE_SECTION, LOAD_SECTION, PRICE_SECTION, *LEARNED_PREFIXES), RowFormat("fp32"))
         return {"pool": row_format(self.config.codec), **dense}
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
 
+from federation.second_order import is_twice_differentiable
+
 _LINEAR = 2.0 * math.sqrt(2.0 / math.pi)
 _CUBIC = 0.044715 * _LINEAR
 _TILE = 1 << 16
@@ -57,8 +59,9 @@ class _TanhGelu(torch.autograd.Function):
 
 
 def tanh_gelu(x: Tensor) -> Tensor:
-    """gelu(x), of any shape. On the CPU its gradient cannot be differentiated again."""
-    if x.device.type == "cpu" and torch.is_grad_enabled() and x.requires_grad:
+    """gelu(x), of any shape. On the CPU its gradient can be differentiated again in `twice_differentiable` alone."""
+    fast = x.device.type == "cpu" and torch.is_grad_enabled() and x.requires_grad
+    if fast and not is_twice_differentiable():
         return _TanhGelu.apply(x)  # type: ignore[no-untyped-call, no-any-return]
     return nn.functional.gelu(x, approximate="tanh")
 

@@ -16,13 +16,14 @@ from federation.gate_config import PluginConfig as PluginConfig
 from federation.gate_config import Policy as Policy
 from federation.gate_config import QualityConfig as QualityConfig
 from federation.gate_config import RewardConfig as RewardConfig
+from federation.meta_config import MetaConfig as MetaConfig
 from federation.settings import Settings, overridden, parse
 
 
 class PopulationConfig(Settings):
     """Who the users are."""
 
-    name: str = Field("code", description="code, shakespeare, texts, synthetic, or a plugin")
+    name: str = Field("code", description="code, shakespeare, texts, digits, docs, synthetic, or a plugin")
     options: dict[str, Any] = Field(default_factory=dict, description="passed to the population (code: root, ...)")
 
 
@@ -93,6 +94,8 @@ class LimitsConfig(Settings):
 
     pool_norm: PositiveFloat = Field(20.0, description="largest L2 norm of a user's pool update")
     gate_norm: PositiveFloat = Field(5.0, description="largest L2 norm of a user's gate gradient")
+    rates_norm: PositiveFloat = Field(5.0, description="largest L2 norm of a user's gradient of the update rule")
+    start_norm: PositiveFloat = Field(5.0, description="largest L2 norm of a user's gradient of f_init")
     weight: PositiveFloat = Field(1.0, description="largest weight")
     absurd: float = Field(1e3, gt=1, description="a norm of so many times the largest is refused, not clipped")
     node_weight: PositiveFloat | None = Field(None, description="largest weight of all users of one node together")
@@ -190,8 +193,21 @@ class TaskConfig(Settings):
     pool: PoolConfig = PoolConfig()
     gate: GateConfig = GateConfig()
     local: LocalConfig = LocalConfig()
+    meta: MetaConfig = MetaConfig()
     codec: CodecConfig = CodecConfig()
     personal: PersonalConfig = PersonalConfig()
+
+    @model_validator(mode="after")
+    def _the_query_is_met_within_the_steps(self) -> Self:
+        steps, meta = self.local.steps, self.meta
+        if max(meta.query_steps, default=0) > steps:
+            raise ValueError(f"meta.query_steps are at most local.steps ({steps}), got {meta.query_steps}; lower them")
+        if steps % meta.tasks or (self.local.different_batches != steps and meta.tasks > 1):
+            raise ValueError(
+                f"each of meta.tasks ({meta.tasks}) takes as many of local.steps ({steps}), each with a batch of its "
+                "own; make the steps a multiple, and leave local.batches out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _budget_fits(self) -> Self:
@@ -210,6 +226,8 @@ class RunConfig(TaskConfig):
     strategy: StrategyConfig = StrategyConfig()
     pool_optimizer: OptimizerConfig = OptimizerConfig()
     gate_optimizer: OptimizerConfig = OptimizerConfig()
+    rates_optimizer: OptimizerConfig = Field(OptimizerConfig(learning_rate=0.05), description="of the update rule")
+    start_optimizer: OptimizerConfig = OptimizerConfig()
     limits: LimitsConfig = LimitsConfig()
     federation: FederationConfig = FederationConfig()
     compute: ComputeConfig = ComputeConfig()

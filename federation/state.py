@@ -8,10 +8,11 @@ from statistics import NormalDist
 
 import torch
 
-from federation.config import GateConfig
+from federation.config import GateConfig, TaskConfig
 from federation.gate import GateSpec
+from federation.learner import Learner
+from federation.meta_config import OUTER_GRADIENTS
 from federation.pool.model import PooledModel
-from federation.pool.spec import PoolSpec
 from federation.streams import Streams
 from federation.update import Schema, SectionSpec, Values
 
@@ -35,11 +36,13 @@ def gate_spec(model: PooledModel, config: GateConfig) -> GateSpec:
     )
 
 
-def schema_of(pool: PoolSpec, gate: GateSpec, config: GateConfig) -> Schema:
-    """What a user may send: at most its budget of units per module and, where a gate is trained, one row each for the
-    gate (an ascent gradient), the load (how often the gate gives each unit: the likeliest mask minus the mean so far)
-    and the price (log lambda, if it is steered: how far the user's share of active units is off the target)."""
-    sections = pool.sections(max_rows=config.max_rows(pool.rank))
+def schema_of(learner: Learner, gate: GateSpec, config: GateConfig) -> Schema:
+    """What a user may send: at most its budget of units per module, what a learner learns of them besides, and, where a
+    gate is trained, one row each for the gate (an ascent gradient), the load (how often the gate gives each unit: the
+    likeliest mask minus the mean so far) and the price (log lambda, if it is steered: how far the user's share of
+    active units is off the target)."""
+    pool, max_rows = learner.spec, config.max_rows(learner.spec.rank)
+    sections = {**pool.sections(max_rows), **learner.sections(max_rows)}
     if config.policy == "gate":
         sections[GATE_SECTION] = SectionSpec(rows=1, factors={"phi": gate.size}, max_rows=1)
         sections[LOAD_SECTION] = SectionSpec(rows=1, factors={"units": pool.units}, max_rows=1)
@@ -48,19 +51,23 @@ def schema_of(pool: PoolSpec, gate: GateSpec, config: GateConfig) -> Schema:
     return Schema(sections)
 
 
-def metric_names(gate: GateConfig, round_index: int) -> tuple[str, ...]:
+def metric_names(config: TaskConfig, round_index: int) -> tuple[str, ...]:
     """What every user reports of a round (counted from 1): the gate's only where it chose the masks, or learned.
 
-    gate_entropy: as a share of the largest that the distribution can have.
+    gate_entropy: as a share of the largest that the distribution can have. query_loss: after the inner steps, of users
+    whose inner loop taught something; withheld: 1 for the others, whose query_loss is the loss before the steps.
     """
+    gate = config.gate
+    taught = ("query_loss", "withheld") if config.meta.signal in OUTER_GRADIENTS else ()
     chosen = ("gate_entropy",) if gate.chooses(round_index) else ()
     learned = ("reward", "reward_spread") if gate.learns(round_index) else ()
-    return ("support_loss", "active_share", *chosen, *learned)
+    return ("support_loss", "active_share", *chosen, *learned, *taught)
 
 
-def initial_values(pool: PoolSpec, gate: GateSpec, schema: Schema, config: GateConfig, streams: Streams) -> Values:
+def initial_values(learner: Learner, gate: GateSpec, schema: Schema, config: GateConfig, streams: Streams) -> Values:
     """Fresh values for every section of the schema. A Bernoulli gate begins at its target, or at the budget's share."""
-    values = pool.init(streams.generator("pool"))
+    pool = learner.spec
+    values = {**pool.init(streams.generator("pool")), **learner.initial(streams)}
     if GATE_SECTION in schema.sections:
         threshold = first_threshold(config.share(config.budget, pool.rank), config)
         values[GATE_SECTION] = gate.init(streams.generator("gate"), threshold)

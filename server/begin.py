@@ -5,6 +5,7 @@ from __future__ import annotations
 from federation.base import BaseModel
 from federation.config import RunConfig
 from federation.errors import ConfigError
+from federation.learner import learner_of
 from federation.learning import learning_of
 from federation.pool.model import PooledModel
 from federation.state import gate_spec, initial_values, schema_of
@@ -27,7 +28,8 @@ def first_state(config: RunConfig, base: BaseModel) -> tuple[Rules, ServerState]
     learning_of(config.gate, base, planned.spec)
     model = PooledModel.around(base, config.pool.rank, config.pool.scale, config.pool.target_modules)
     gate = gate_spec(model, config.gate)
-    schema = schema_of(model.spec, gate, config.gate)
+    learner = learner_of(config.meta, config.local, model)
+    schema = schema_of(learner, gate, config.gate)
     rules = rules_of(config, schema)
-    values = initial_values(model.spec, gate, schema, config.gate, Streams(config.seed).at("initial"))
+    values = initial_values(learner, gate, schema, config.gate, Streams(config.seed).at("initial"))
     return rules, begin(rules, values)

@@ -45,13 +45,15 @@ class ServerState:
 
 def rules_of(config: RunConfig, schema: Schema) -> Rules:
     """The rules that a configuration names."""
-    optimizers = {
-        prefix: _optimizer(wanted, config.federation.rounds)
-        for prefix, wanted in (("pool", config.pool_optimizer), ("gate", config.gate_optimizer))
-    }
+    limits, wanted = config.limits, {"pool": config.pool_optimizer, "gate": config.gate_optimizer}
+    max_norm = {"pool": limits.pool_norm, "gate": limits.gate_norm, **largest_norms(schema)}
+    if _under("rates", schema.sections):
+        wanted["rates"], max_norm["rates"] = config.rates_optimizer, limits.rates_norm
+    if _under("start", schema.sections):
+        wanted["start"], max_norm["start"] = config.start_optimizer, limits.start_norm
+    optimizers = {prefix: _optimizer(own, config.federation.rounds) for prefix, own in wanted.items()}
     tracked = tracking_optimizers(config, schema)
     strategy = make_strategy(config.strategy.name, **config.strategy.options)
-    max_norm = {"pool": config.limits.pool_norm, "gate": config.limits.gate_norm, **largest_norms(schema)}
     return Rules(
         schema=schema,
         strategy=TrackedByMean(strategy) if tracked else strategy,

@@ -67,7 +67,7 @@ class Setup(Task):
 
     def begin(self) -> ServerState:
         """The state before the first round."""
-        values = initial_values(self.model.spec, self.gate, self.schema, self.config.gate, self.streams.at("initial"))
+        values = initial_values(self.learner, self.gate, self.schema, self.config.gate, self.streams.at("initial"))
         return begin(self.rules, {**values, **self.first_pool})
 
 

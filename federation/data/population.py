@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from federation.base import BaseModel
@@ -44,12 +46,36 @@ class Batch:
         return Batch(self.inputs[users], self.targets[users], self.weight[users])
 
 
+def side_by_side(batches: Sequence[Batch]) -> Batch:
+    """The examples of several batches of the same users, one batch after the other."""
+    return Batch(
+        torch.cat([batch.inputs for batch in batches], 1),
+        torch.cat([batch.targets for batch in batches], 1),
+        torch.cat([batch.weight for batch in batches], 1),
+    )
+
+
 class Examples(Protocol):
     """Something that draws users' examples."""
 
     def batch(self, user_ids: UserIds, part: Part, size: int | None, streams: Streams) -> Batch:
         """`size` examples of each user, drawn from the streams (with replacement where a user owns fewer);
         with size None the whole part, in order, padded with weight 0."""
+        ...
+
+
+@runtime_checkable
+class Sequenced(Protocol):
+    """Where users meet their data as a sequence of tasks, one after the other. tasks: how many."""
+
+    @property
+    def tasks(self) -> int: ...
+
+    def of_task(self, index: int) -> Examples:
+        """What users have of one task, counted from 0: `batch` gives that task's examples alone.
+
+        Raises PopulationError for a task that is not there.
+        """
         ...
 
 

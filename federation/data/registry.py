@@ -14,6 +14,8 @@ POPULATIONS: Plugins[Population] = Plugins(
         "code": "simulations.populations.text:code",
         "shakespeare": "simulations.populations.text:shakespeare",
         "texts": "federation.data.texts:texts",
+        "digits": "simulations.populations.digits:digits",
+        "docs": "simulations.populations.docs:docs",
         "synthetic": "simulations.populations.synthetic:SyntheticPopulation",
         "workload": "simulations.benchmarks.workloads:WorkloadPopulation",
     },

@@ -66,6 +66,16 @@ def stacked_low_rank(
     return StackedLowRank.apply(x, weight, bias, rows, scale, base)  # type: ignore[no-untyped-call, no-any-return]
 
 
+def plain_low_rank(x: Tensor, base: Tensor, rows: Tensor, scale: float) -> Tensor:
+    """What `stacked_low_rank` gives, by operations that autograd differentiates as often as asked.
+
+    Shapes: x (U, n, d_in), base (U, n, d_out), rows (U, k, d_in + d_out), result (U, n, d_out).
+    """
+    used = rows.to(x.dtype)
+    down, up = torch.split(used, [x.shape[2], base.shape[2]], 2)
+    return torch.baddbmm(base, torch.bmm(x, down.transpose(1, 2)), up, alpha=scale)
+
+
 def gated_low_rank(x: Tensor, y: Tensor, rows: Tensor, gates_ur: Tensor, scale: float) -> Tensor:
     """y + s * sum_r gate_ur (x . down_r) up_r, where all users share the rows. y, of the base, is added to in place.
 

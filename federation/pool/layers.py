@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from federation.errors import PoolError
-from federation.pool.kernel import gated_low_rank, stacked_low_rank
+from federation.pool.kernel import gated_low_rank, plain_low_rank, stacked_low_rank
 from federation.pool.prefix import prefix_of
+from federation.second_order import is_twice_differentiable
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ class PoolLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             )
         stacked = x.reshape(bound.users, -1, self.d_in)
         rows = bound.rows[self.module_name]
-        if isinstance(bound, UserRows):
+        if isinstance(bound, UserRows) and is_twice_differentiable():
+            y = plain_low_rank(stacked, self._base(stacked), rows, self.scale)
+        elif isinstance(bound, UserRows):
             y = stacked_low_rank(
                 stacked, weight_of(self.base_layer), self._bias(), rows, self.scale, self._known(stacked)
             )
@@ -102,6 +105,10 @@ class PoolLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             base = self.base_layer(stacked)
             y = gated_low_rank(stacked, base, rows, bound.gates[self.module_name], self.scale)
         return torch.as_tensor(y).view(*x.shape[:-1], self.d_out)
+
+    def _base(self, stacked: Tensor) -> Tensor:
+        known = self._known(stacked)
+        return torch.as_tensor(self.base_layer(stacked)) if known is None else known
 
     def _known(self, stacked: Tensor) -> Tensor | None:
         """The base's output, where the frozen prefix reaches up to this layer."""

@@ -60,7 +60,7 @@ class Intake:
         self._tallies: dict[int, _Tally] = {}
         self._total = _Total()
         work = plan.work
-        metrics = metric_names(config.gate, work.round_index)
+        metrics = metric_names(config, work.round_index)
         lifter.begin(Terms(rules, strategy_state, work.round_index, work.version, metrics))
         desk.begin(work)
 

@@ -179,6 +179,6 @@ def _reply(schema: Schema, kind: Kind, seed: int) -> bytes:
         )
         for name, spec in schema.sections.items()
     }
-    metrics = {name: torch.ones(1) for name in metric_names(_config(block=1).gate, _WORK.round_index)}
+    metrics = {name: torch.ones(1) for name in metric_names(_config(block=1), _WORK.round_index)}
     block = UpdateBlock(sections, torch.ones(1), metrics, _WORK.round_index, _WORK.version)
     return frames.join([encode(block, 0, schema, {"pool": RowFormat(kind), "gate": RowFormat("fp32")})])

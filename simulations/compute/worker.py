@@ -21,6 +21,7 @@ from client.store import UserStore, mended
 from federation.config import RunConfig
 from federation.data.population import Batch, Part, Population
 from federation.data.registry import make_population
+from federation.data.source import OnDevice
 from federation.devices import CPU, making_tensors_on, moved
 from federation.errors import RunError
 from federation.formats import quantise
@@ -77,6 +78,7 @@ class Worker:
                 f"{torch.__version__} and finds none; install a CUDA build there, or set it to 'cpu'"
             )
         self.population: Population = make_population(config.population)
+        self._source = OnDevice(self.population, self.device)
         base = self.population.base_model()
         base.module.to(self.device)
         self._model = wrap(config, base)
@@ -92,9 +94,17 @@ class Worker:
         return self._setups[key]
 
     def batch(self, user_ids: UserIds, part: Part, size: int | None, streams: Streams) -> Batch:
-        """As of a population, on the worker's device. Populations make their data on the CPU."""
-        with making_tensors_on(CPU):
-            return moved(self.population.batch(user_ids, part, size, streams), self.device)
+        """As of a population, on the worker's device."""
+        return self._source.batch(user_ids, part, size, streams)
+
+    @property
+    def tasks(self) -> int:
+        """As of `OnDevice`."""
+        return self._source.tasks
+
+    def of_task(self, index: int) -> OnDevice:
+        """As of `OnDevice`."""
+        return self._source.of_task(index)
 
     def store(self, setup: Setup, folder: Path) -> UserStore:
         """The user store of a federation, opened once."""

@@ -36,7 +36,7 @@ def task_config(**changes: object) -> TaskConfig:
 def pool_of(node: Node, config: TaskConfig, round_index: int, noise: float = 0.2) -> PoolFile:
     """A pool as if it had been trained: every row is at work, and the gate is not the saliency rule."""
     task = node.task(config)
-    first = initial_values(task.model.spec, task.gate, task.schema, task.config.gate, Streams(1))
+    first = initial_values(task.learner, task.gate, task.schema, task.config.gate, Streams(1))
     generator = torch.Generator().manual_seed(round_index)
     values = {name: rows + noise * torch.randn(rows.shape, generator=generator) for name, rows in first.items()}
     return PoolFile(round_index, values, config)

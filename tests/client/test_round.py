@@ -87,9 +87,9 @@ def case_of(make: MakeBase, gate: Mapping[str, Any], **local: Any) -> Case:
     sizes = {"steps": 2, "examples": 3, "gain_examples": 4, "query_examples": 3}
     model = PooledModel.around(make(), RANK, SCALE)
     task = TaskConfig(pool=PoolConfig(rank=RANK), gate=config, local=LocalConfig(**{**sizes, **local}))
-    rule = Task(task, model).local
-    spec = gate_spec(model, config)
-    values = initial_values(model.spec, spec, schema_of(model.spec, spec, config), config, Streams(1))
+    whole = Task(task, model)
+    rule = whole.local
+    values = initial_values(whole.learner, whole.gate, whole.schema, config, Streams(1))
     generator = torch.Generator().manual_seed(2)
     values = {name: rows + 0.4 * torch.randn(rows.shape, generator=generator) for name, rows in values.items()}
     if LOAD_SECTION in values:
@@ -357,8 +357,7 @@ def test_padded_examples_do_not_count(policy: str) -> None:
 def test_the_server_admits_what_a_round_sends(policy: str) -> None:
     case = case_of(models.mlp, POLICIES[policy])
     update, _ = case.run()
-    spec = case.model.spec
-    schema = schema_of(spec, gate_spec(case.model, case.rule.gate), case.rule.gate)
+    schema = schema_of(case.rule.learner, gate_spec(case.model, case.rule.gate), case.rule.gate)
     admitted, rejections = admit(update, schema, Limits())
     assert not rejections.reasons
     for section in update.sections:
@@ -374,7 +373,7 @@ def test_a_user_whose_numbers_overflow_harms_nobody_and_keeps_a_finite_embedding
     for batch in (case.data.support, case.data.query):
         batch.inputs[bad] = number
     update, users = case.run()
-    schema = schema_of(case.model.spec, gate_spec(case.model, case.rule.gate), case.rule.gate)
+    schema = schema_of(case.rule.learner, gate_spec(case.model, case.rule.gate), case.rule.gate)
     refused = set(admit(update, schema, Limits())[1].reasons)
     assert refused == {bad} if math.isnan(number) else refused <= {bad}  # a tanh may save who is merely too large
     assert users.embedding_ue.isfinite().all()
@@ -389,7 +388,7 @@ def test_a_gate_that_has_run_away_stops_no_round_and_its_users_are_refused(polic
     values = {name: rows.clone() for name, rows in case.state.values.items()}
     gate_spec(case.model, case.rule.gate).parts(values[GATE_SECTION])["log_alpha"].fill_(40.0)
     update, _ = replace(case, state=replace(case.state, values=values)).run()
-    schema = schema_of(case.model.spec, gate_spec(case.model, case.rule.gate), case.rule.gate)
+    schema = schema_of(case.rule.learner, gate_spec(case.model, case.rule.gate), case.rule.gate)
     assert set(admit(update, schema, Limits())[1].reasons) == set(range(len(IDS)))
 
 

@@ -35,8 +35,8 @@ def test_nodes_report_the_metrics_that_the_server_expects(rule: dict[str, object
     local = {"steps": 1, "examples": 2, "gain_examples": 4, "query_examples": 2}
     config = parse(TaskConfig, {"gate": {**small, **rule}, "local": local, "pool": {"rank": RANK}})
     task = Task(config, PooledModel.around(models.mlp(), RANK, 1.0))
-    values = initial_values(task.model.spec, task.gate, task.schema, config.gate, task.streams)
+    values = initial_values(task.learner, task.gate, task.schema, config.gate, task.streams)
     users = task.record_layout.fresh(torch.arange(USERS).numpy())
     data = RoundData(models.batch_for(task.model.base, USERS, 4, 1), models.batch_for(task.model.base, USERS, 2, 2))
     update, _ = local_round(task.model, RoundState(values, 3, "v"), users, data, task.local, task.streams)
-    assert sorted(metric_names(config.gate, 3)) == sorted(update.metrics)
+    assert sorted(metric_names(config, 3)) == sorted(update.metrics)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from federation.config import GateConfig
+from federation.config import GateConfig, LocalConfig, MetaConfig
+from federation.learner import Learner, learner_of
 from federation.pool.model import PooledModel
 from federation.settings import parse
 from federation.state import (
@@ -37,15 +38,19 @@ def config_for(**gate: Any) -> GateConfig:
     return parse(GateConfig, {"budget": BUDGET, **gate})
 
 
+def learner() -> Learner:
+    return learner_of(MetaConfig(), LocalConfig(), model())
+
+
 def schema_for(**gate: Any) -> Schema:
     config = config_for(**gate)
-    return schema_of(model().spec, gate_spec(model(), config), config)
+    return schema_of(learner(), gate_spec(model(), config), config)
 
 
 def values_for(seed: int = 0, **gate: Any) -> Values:
     config = config_for(**gate)
     spec = gate_spec(model(), config)
-    return initial_values(model().spec, spec, schema_of(model().spec, spec, config), config, Streams(seed))
+    return initial_values(learner(), spec, schema_of(learner(), spec, config), config, Streams(seed))
 
 
 @pytest.mark.parametrize(

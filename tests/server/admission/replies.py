@@ -63,7 +63,7 @@ def update_of(user: int, work: Work = WORK, schema: Schema = SCHEMA) -> UpdateBl
         valid = torch.rand(ids.shape, generator=generator) < 0.7
         valid[:, 0] = True
         sections[name] = Section(ids, valid, torch.randn(*ids.shape, spec.width, generator=generator))
-    names = metric_names(config_of().gate, work.round_index)
+    names = metric_names(config_of(), work.round_index)
     metrics = {name: torch.randn(1, generator=generator) for name in names}
     weight = torch.rand(1, generator=generator) + 0.5
     return UpdateBlock(sections, weight, metrics, work.round_index, work.version)

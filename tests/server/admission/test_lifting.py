@@ -24,7 +24,7 @@ from tests.server.admission.replies import SCHEMA, WORK, bits, config_of, payloa
 CONFIG = config_of("limits.weight=0.75")
 RULES = rules_of(CONFIG, SCHEMA)
 STATE = begin(RULES, SCHEMA.zeros()).strategy
-TERMS = Terms(RULES, STATE, WORK.round_index, WORK.version, metric_names(CONFIG.gate, WORK.round_index))
+TERMS = Terms(RULES, STATE, WORK.round_index, WORK.version, metric_names(CONFIG, WORK.round_index))
 NAN = torch.tensor([math.nan])
 SCALES = (1.0, 0.5, 0.25, 0.125, 1.0)
 

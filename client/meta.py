@@ -1,0 +1,201 @@
+"""Outer signals: what U users send so that later users need only a few steps, by name, stacked over users.
+
+| signal  | direction that is sent                                    | gradients it costs, K steps |
+|---------|-----------------------------------------------------------|-----------------------------|
+| delta   | rows after K steps of SGD minus rows before               | K                           |
+| reptile | the same, where the steps see the query part too          | K + 1                       |
+| fomaml  | minus the query loss's gradient, inner gradients constant | K + 1                       |
+| maml    | minus the query loss's gradient, through all inner steps  | about 3 K + 1               |
+
+Sources: Reptile (Nichol et al., 2018), MAML and FOMAML (Finn et al., ICML 2017). The last two are gradients with
+respect to all that the adapted rows depend on: the pool's rows of the user's mask, the parameters of the update rule
+and those of f_init. Per-unit rates cost nearly nothing: with constant inner gradients g_s, d query / d rate is
+- <sum_s g_s, d query / d rows> (Meta-SGD).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from client.adapt import Rows, row_gradients, sgd
+from client.inner import Inner
+from federation.data.population import Batch
+from federation.meta_config import SignalName
+from federation.rules import Parameters, Sgd, Stepped
+
+_RUNAWAY = 4.0
+"""An inner loop has diverged if it ends with so many times the loss that it began with, or 1 nat where that is more."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a signal is made of.
+
+    copies: of all that the adaptation depends on, (U, k, width) by section. batches: what the steps see, in turn.
+    query_steps: after which steps the query loss counts, ascending. recompute: whether activations are computed again.
+    """
+
+    inner: Inner
+    copies: Mapping[str, Tensor]
+    batches: Sequence[Batch]
+    steps: int
+    query: Batch
+    query_steps: Sequence[int]
+    recompute: bool = False
+
+    def batch(self, at: int) -> Batch:
+        """What the step after `at` others sees."""
+        return self.batches[at % len(self.batches)]
+
+
+@dataclass(frozen=True)
+class Outer:
+    """What U users send: (U, k, width) by section, directions of improvement.
+
+    support_loss_u: before the first step. query_loss_u: after the last that counts; None for signals without one.
+    """
+
+    directions: Mapping[str, Tensor]
+    support_loss_u: Tensor
+    query_loss_u: Tensor | None = None
+
+    def withheld(self, query: Batch) -> Tensor:
+        """(U,) bool, whose update would teach nothing: its inner loop diverged, or it has no query example."""
+        if self.query_loss_u is None:
+            return torch.zeros_like(self.support_loss_u, dtype=torch.bool)
+        finite_u = self.query_loss_u.isfinite()
+        for direction in self.directions.values():
+            finite_u = finite_u & direction.flatten(1).isfinite().all(1)
+        runaway_u = self.query_loss_u > _RUNAWAY * self.support_loss_u.clamp_min(1.0)
+        return ~finite_u | runaway_u | (query.weight.sum(1) == 0)
+
+
+Signal = Callable[[Lesson], Outer]
+
+
+def delta(lesson: Lesson) -> Outer:
+    """Trained minus given rows."""
+    return _difference(lesson, lesson.batches, lesson.steps)
+
+
+def reptile(lesson: Lesson) -> Outer:
+    """As `delta`, with a last step on the query part: Reptile knows no parts."""
+    seen = [lesson.batch(at) for at in range(lesson.steps)]
+    return _difference(lesson, [*seen, lesson.query], lesson.steps + 1)
+
+
+def fomaml(lesson: Lesson) -> Outer:
+    """The gradient of the query loss, where inner gradients are constants."""
+    copies = _leaves(lesson.copies)
+    trail, support_loss_u = _unrolled(lesson, copies, lesson.inner.first_order)
+    query_loss_u, loss = _query(lesson, trail)
+    return Outer(_descent(loss, copies), support_loss_u, query_loss_u)
+
+
+def maml(lesson: Lesson) -> Outer:
+    """The gradient of the query loss through all inner steps, which holds the activations of them all; or, with
+    `recompute`, those of one step at a time, each computed once more."""
+    if lesson.recompute:
+        return _maml_recomputed(lesson)
+    copies = _leaves(lesson.copies)
+    trail, support_loss_u = _unrolled(lesson, copies, lesson.inner.second_order)
+    query_loss_u, loss = _query(lesson, trail)
+    return Outer(_descent(loss, copies), support_loss_u, query_loss_u)
+
+
+SIGNALS: Mapping[SignalName, Signal] = {"delta": delta, "reptile": reptile, "fomaml": fomaml, "maml": maml}
+
+
+def _difference(lesson: Lesson, batches: Sequence[Batch], steps: int) -> Outer:
+    inner, rule = lesson.inner, lesson.inner.learner.rule
+    assert isinstance(rule, Sgd), "what is learned besides the pool needs an outer gradient: see MetaConfig"
+    trained, loss_u = sgd(inner.model, lesson.copies, batches, steps, rule.learning_rate, inner.factors)
+    return Outer({name: row - lesson.copies[name] for name, row in trained.items()}, loss_u)
+
+
+Step = Callable[..., tuple[Stepped, Tensor]]
+
+
+def _unrolled(lesson: Lesson, copies: Mapping[str, Tensor], step: Step) -> tuple[list[Stepped], Tensor]:
+    """The rows before and after every step, and the loss before the first."""
+    inner = lesson.inner
+    start, parameters = inner.start(copies), inner.parameters(copies)
+    trail, losses = [inner.learner.rule.begin(start)], []
+    for at in range(lesson.steps):
+        now, loss_u = step(parameters, start, trail[-1], lesson.batch(at), at)
+        trail.append(now)
+        losses.append(loss_u)
+    return trail, losses[0]
+
+
+def _query(lesson: Lesson, trail: Sequence[Stepped]) -> tuple[Tensor, Tensor]:
+    """The query loss after the last step that counts (U,), and the sum over users of the mean over those steps."""
+    losses = []
+    for at in lesson.query_steps:
+        with lesson.inner.model.bound(trail[at].rows):
+            losses.append(lesson.inner.model.loss(lesson.query))
+    return losses[-1].detach(), torch.stack(losses).mean(0).sum()
+
+
+def _leaves(tensors: Rows) -> dict[str, Tensor]:
+    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+
+
+def _descent(loss: Tensor, copies: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Minus the gradient; zero for what the loss does not depend on."""
+    gradients = torch.autograd.grad(loss, list(copies.values()), allow_unused=True, materialize_grads=True)
+    return {name: -gradient for name, gradient in zip(copies, gradients, strict=True)}
+
+
+def _maml_recomputed(lesson: Lesson) -> Outer:
+    """Exact MAML, step by step backwards: rows are kept, a step's activations live while it is differentiated."""
+    inner, copies = lesson.inner, _leaves(lesson.copies)
+    start, parameters = inner.start(copies), inner.parameters(copies)
+    with torch.no_grad():
+        trail, support_loss_u = _unrolled(lesson, lesson.copies, inner.first_order)
+    slopes = {at: _query_slope(lesson, trail[at]) for at in lesson.query_steps}
+    fixed = [*start.values(), parameters.units, parameters.shared]
+    onto_now = [torch.zeros_like(t) for t in _tensors(trail[-1])]
+    onto_fixed = [torch.zeros_like(t) for t in fixed]
+    for at in reversed(range(lesson.steps)):
+        onto_now = _plus(onto_now, slopes.get(at + 1, []))
+        onto_now, more = _step_back(lesson, start, parameters, trail[at], at, onto_now)
+        onto_fixed = _plus(onto_fixed, more)
+    onto_fixed = _plus(onto_fixed, _plus(onto_now, slopes.get(0, []))[: len(start)])
+    learned = [(t, onto) for t, onto in zip(fixed, onto_fixed, strict=True) if t.requires_grad]
+    loss = torch.stack([(t * onto).sum() for t, onto in learned]).sum()
+    with torch.no_grad(), inner.model.bound(trail[lesson.query_steps[-1]].rows):
+        query_loss_u = inner.model.loss(lesson.query)
+    return Outer(_descent(loss, copies), support_loss_u, query_loss_u)
+
+
+def _query_slope(lesson: Lesson, at: Stepped) -> list[Tensor]:
+    """The gradient of the query's part of the loss with respect to rows."""
+    _, gradients = row_gradients(lesson.inner.model, at.rows, lesson.query)
+    return [gradient / len(lesson.query_steps) for gradient in gradients]
+
+
+def _step_back(
+    lesson: Lesson, start: Rows, parameters: Parameters, before: Stepped, at: int, onto_after: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """From gradients of what follows a step to those of what precedes it, and of what all steps depend on."""
+    now, fixed = Stepped(_leaves(before.rows), _leaves(before.memory)), _leaves(start)
+    units, shared = (t.detach().requires_grad_() for t in (parameters.units, parameters.shared))
+    after, _ = lesson.inner.second_order(Parameters(units, shared), fixed, now, lesson.batch(at), at)
+    inputs = [*_tensors(now), *fixed.values(), units, shared]
+    found = torch.autograd.grad(_tensors(after), inputs, onto_after, allow_unused=True, materialize_grads=True)
+    preceding = len(_tensors(now))
+    return list(found[:preceding]), list(found[preceding:])
+
+
+def _tensors(state: Stepped) -> list[Tensor]:
+    return [*state.rows.values(), *state.memory.values()]
+
+
+def _plus(tensors: Sequence[Tensor], more: Sequence[Tensor]) -> list[Tensor]:
+    """With the first of them raised by those of `more`."""
+    return [*(a + b for a, b in zip(tensors, more)), *tensors[len(more) :]]
