@@ -5,9 +5,10 @@ The loss that is differentiated is the sum over users, so each user's gradient i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +16,9 @@ from torch import Tensor
 from federation.data.population import Batch
 from federation.pool.model import PooledModel
 from federation.pool.prefix import Prefix
-from federation.pool.spec import ModuleSpec
+from federation.pool.spec import ModuleSpec, Rows
+from federation.rules import Parameters, Rule, Stepped
 from federation.update import Values
-
-Rows = Mapping[str, Tensor]
-"""U users' rows: {section: (U, k, d_in + d_out)}."""
 
 
 def unit_gains(model: PooledModel, values: Values, batch: Batch, strength: float) -> Tensor:
@@ -75,9 +74,21 @@ def sgd(
     return current, first_loss_u
 
 
+class Tuner(Protocol):
+    """How values of U users step while they are tuned, along gradients in the order of the values."""
+
+    def begin(self, start: Rows) -> Stepped:
+        """Before the first step."""
+        ...
+
+    def step(self, start: Rows, now: Stepped, gradients: Sequence[Tensor], at: int) -> Stepped:
+        """One step on. at: steps taken since `begin`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Adam:
-    """Adam (Kingma & Ba, 2015) with a rate that falls linearly to zero: how a new user's rows are tuned."""
+    """Adam (Kingma & Ba, 2015) with a rate that falls linearly to zero over `steps`, anew after so many."""
 
     learning_rate: float
     steps: int
@@ -85,21 +96,45 @@ class Adam:
     beta2: float = 0.999
     epsilon: float = 1e-8
 
-    def tune(
-        self,
-        gradients_of: Callable[[Mapping[str, Tensor], int], Sequence[Tensor]],
-        start: Mapping[str, Tensor],
-    ) -> dict[str, Tensor]:
-        """The tuned values. `gradients_of(values, step)` gives gradients in the order of `start`."""
-        values = {name: value.detach().clone() for name, value in start.items()}
-        first = [torch.zeros_like(v) for v in values.values()]
-        second = [torch.zeros_like(v) for v in values.values()]
-        for step in range(self.steps):
-            rate = self.learning_rate * (1 - step / self.steps)
-            correction1, correction2 = 1 - self.beta1 ** (step + 1), 1 - self.beta2 ** (step + 1)
-            gradients = gradients_of(values, step)
-            for value, m, v, g in zip(values.values(), first, second, gradients, strict=True):
-                m.lerp_(g, 1 - self.beta1)
-                v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
-                value.addcdiv_(m, (v / correction2).sqrt_().add_(self.epsilon), value=-rate / correction1)
-        return values
+    def begin(self, start: Rows) -> Stepped:
+        zero = {name: torch.zeros_like(value) for name, value in start.items()}
+        moments = {f"{moment} {name}": value.clone() for moment in ("first", "second") for name, value in zero.items()}
+        return Stepped({name: value.detach().clone() for name, value in start.items()}, moments)
+
+    def step(self, start: Rows, now: Stepped, gradients: Sequence[Tensor], at: int) -> Stepped:
+        """In place: `now` is used up."""
+        if at and at % self.steps == 0:
+            now = self.begin(now.rows)
+        at %= self.steps
+        rate = self.learning_rate * (1 - at / self.steps)
+        correction1, correction2 = 1 - self.beta1 ** (at + 1), 1 - self.beta2 ** (at + 1)
+        for (name, value), g in zip(now.rows.items(), gradients, strict=True):
+            m, v = now.memory[f"first {name}"], now.memory[f"second {name}"]
+            m.lerp_(g, 1 - self.beta1)
+            v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
+            value.addcdiv_(m, (v / correction2).sqrt_().add_(self.epsilon), value=-rate / correction1)
+        return now
+
+
+@dataclass(frozen=True)
+class ByRule:
+    """The update rule with parameters of U users, as it was learned."""
+
+    rule: Rule
+    parameters: Parameters
+
+    def begin(self, start: Rows) -> Stepped:
+        return self.rule.begin(start)
+
+    def step(self, start: Rows, now: Stepped, gradients: Sequence[Tensor], at: int) -> Stepped:
+        return self.rule.step(self.parameters, start, now, gradients, at)
+
+
+def tuned(
+    tuner: Tuner, gradients_of: Callable[[Rows, int], Sequence[Tensor]], start: Rows, steps: int
+) -> dict[str, Tensor]:
+    """The values after so many steps. `gradients_of(values, step)` gives gradients in the order of `start`."""
+    now = tuner.begin(start)
+    for at in range(steps):
+        now = tuner.step(start, now, gradients_of(now.rows, at), at)
+    return dict(now.rows)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from client.adapt import Rows
 from client.personal import (
     ActiveRows,
     active_rows,
     personal_sections,
     personal_values,
     personalised,
-    task_masks,
+    task_known,
+    task_mask,
     tuning_of,
 )
 from client.task import Task, row_format
 from federation.data.population import Examples
 from federation.formats import quantise
+from federation.pool.spec import Rows
 from federation.streams import UserIds
 from federation.update import Values
 
@@ -29,8 +30,10 @@ def user_losses(task: Task, values: Values, examples: Examples, user_ids: UserId
     are in the pool. tuned_loss: with these rows tuned on the support part, as they are read back from their bytes.
     """
     model = task.model
-    active = active_rows(values, model.spec, task_masks(task, values, examples, user_ids))
-    tuned = _tuned(task, active, examples, user_ids)
+    known = task_known(task, values, examples, user_ids)
+    active = active_rows(values, model.spec, task_mask(task, known, user_ids))
+    tuning = tuning_of(task, values, known, active)
+    tuned = _as_kept(task, active, personal_values(task, active, tuning, examples, user_ids))
     test = examples.batch(user_ids, "test", None, task.streams)
     losses = {}
     with torch.no_grad():
@@ -41,8 +44,6 @@ def user_losses(task: Task, values: Values, examples: Examples, user_ids: UserId
     return losses
 
 
-def _tuned(task: Task, active: ActiveRows, examples: Examples, user_ids: UserIds) -> Rows:
-    personal = task.config.personal
-    values = personal_values(task, active, tuning_of(personal), examples, user_ids)
-    kept = quantise(personal_sections(active, values), {"pool": row_format(personal.rows)})
+def _as_kept(task: Task, active: ActiveRows, personal: Rows) -> Rows:
+    kept = quantise(personal_sections(active, personal), {"pool": row_format(task.config.personal.rows)})
     return personalised(active.spec, active.rows, {name: section.rows_ukw for name, section in kept.items()}, "rows")

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from client.adapt import Rows, freeze_factors
+from client.adapt import freeze_factors
 from federation.data.population import Batch
 from federation.learner import ActiveUnits, Learner
 from federation.pool.model import PooledModel
+from federation.pool.spec import Rows
 from federation.rules import Parameters, Stepped
 from federation.second_order import twice_differentiable
 

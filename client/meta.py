@@ -21,10 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from client.adapt import Rows, row_gradients, sgd
+from client.adapt import row_gradients, sgd
 from client.inner import Inner
 from federation.data.population import Batch
 from federation.meta_config import SignalName
+from federation.pool.spec import Rows
 from federation.rules import Parameters, Sgd, Stepped
 
 _RUNAWAY = 4.0

@@ -13,13 +13,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from client.adapt import Adam, Rows
+from client.adapt import Adam, ByRule, Tuner, tuned
 from client.gate_round import UserDraws, rebuilt
 from client.policies import Known, Signals, policy_masks
 from client.task import Task
-from federation.config import PersonalConfig, Policy
+from federation.config import Policy
 from federation.data.population import Examples
-from federation.pool.spec import ModuleSpec, PoolSpec, gather, rows_of_mask
+from federation.learner import ActiveUnits
+from federation.pool.spec import ModuleSpec, PoolSpec, Rows, gather, rows_of_mask
 from federation.streams import UserIds
 from federation.update import Schema, Section, SectionSpec, Values
 
@@ -31,24 +32,25 @@ STREAM = "serve"
 
 @dataclass(frozen=True)
 class ActiveRows:
-    """The rows that U users' masks pick from a pool, and which they are.
-
-    rows: {section: (U, k, d_in + d_out)}. ids_ujk: (U, J, k) int64. valid_ujk: (U, J, k) bool, False is padding.
-    """
+    """The rows that U users' masks pick from a pool, and which they are: {section: (U, k, d_in + d_out)}."""
 
     spec: PoolSpec
     rows: Rows
-    ids_ujk: Tensor
-    valid_ujk: Tensor
+    units: ActiveUnits
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How U users tune: what they keep, by which steps, and how many support examples each step sees."""
+    """How U users tune: what they keep, by which steps, and how many support examples each step sees.
 
-    tuned: Tuned
-    optimizer: Adam
+    start: where rows begin, if not as they are in the pool.
+    """
+
+    kept: Tuned
+    tuner: Tuner
+    steps: int
     examples: int
+    start: Rows | None = None
 
 
 def known_of(task: Task, values: Values, examples: Examples, user_ids: UserIds, windows: int, budget: int) -> Known:
@@ -69,45 +71,62 @@ def proposed_mask(task: Task, known: Known, user_ids: UserIds, policy: Policy) -
     return policy_masks(policy, known, gate)
 
 
-def task_masks(task: Task, values: Values, examples: Examples, user_ids: UserIds) -> Tensor:
+def task_known(task: Task, values: Values, examples: Examples, user_ids: UserIds) -> Known:
+    """What the task's own policy, and its initialisation, are told of users."""
+    return known_of(task, values, examples, user_ids, task.config.personal.gain_examples, task.config.gate.budget)
+
+
+def task_mask(task: Task, known: Known, user_ids: UserIds) -> Tensor:
     """The mask of each user that the task's own policy proposes, (U, G) bool."""
-    gate, personal = task.config.gate, task.config.personal
-    known = known_of(task, values, examples, user_ids, personal.gain_examples, gate.budget)
-    return proposed_mask(task, known, user_ids, gate.policy)
+    return proposed_mask(task, known, user_ids, task.config.gate.policy)
 
 
-def tuning_of(config: PersonalConfig) -> Tuning:
-    """How a device tunes its users' rows."""
-    return Tuning("rows", Adam(config.learning_rate, config.steps), config.examples)
+def tuning_of(task: Task, values: Values, known: Known, active: ActiveRows) -> Tuning:
+    """How a device tunes its users' rows: by the learned rule and from the learned start, if the task learns them."""
+    personal, meta = task.config.personal, task.config.meta
+    if meta.learns:
+        return learned_tuning(task, values, known, active, personal.steps, personal.examples)
+    return Tuning("rows", Adam(personal.learning_rate, personal.steps), personal.steps, personal.examples)
+
+
+def learned_tuning(task: Task, values: Values, known: Known, active: ActiveRows, steps: int, examples: int) -> Tuning:
+    """Steps of the task's update rule, from where its initialisation says that the users' rows start."""
+    learner, units = task.learner, active.units
+    copies = learner.copies(values, units)
+    with torch.no_grad():
+        start = learner.start(copies, units, known.signals.context(task.config.meta.start))
+    return Tuning("rows", ByRule(learner.rule, learner.parameters(copies, units)), steps, examples, start)
 
 
 def active_rows(values: Values, spec: PoolSpec, mask_ug: Tensor) -> ActiveRows:
     """The rows of the masks (U, G). A user without any active unit has one row of padding in each module."""
     users, modules = len(mask_ug), len(spec.modules)
     most = int(mask_ug.view(users, modules, -1).sum(2).max())
-    ids_ujk, valid_ujk = rows_of_mask(mask_ug, modules, max(1, most))
-    return ActiveRows(spec, gather(values, spec, ids_ujk, valid_ujk), ids_ujk, valid_ujk)
+    units = ActiveUnits(*rows_of_mask(mask_ug, modules, max(1, most)))
+    return ActiveRows(spec, gather(values, spec, units.ids_ujk, units.valid_ujk), units)
 
 
 def personal_values(task: Task, active: ActiveRows, tuning: Tuning, examples: Examples, user_ids: UserIds) -> Rows:
-    """What each user keeps after Adam's steps on its support part: {section: (U, k, width)}, zero before the first.
+    """What each user keeps after its steps on its support part: {section: (U, k, width)}, a difference to the pool.
 
     Every way to tune sees the same examples in the same order.
     """
-    model, spec, tuned = task.model, active.spec, tuning.tuned
-    widths = {m.section: sum(personal_widths(m, tuned).values()) for m in spec.modules}
-    zero = {name: row.new_zeros(*row.shape[:2], widths[name]) for name, row in active.rows.items()}
-    if tuned == "nothing":
-        return zero
+    model, spec, kept = task.model, active.spec, tuning.kept
+    if kept == "nothing":
+        return {name: row.new_zeros(*row.shape[:2], 0) for name, row in active.rows.items()}
 
-    def gradients_of(personal: Rows, step: int) -> list[Tensor]:
+    def gradients_of(values: Rows, step: int) -> list[Tensor]:
         batch = examples.batch(user_ids, "support", tuning.examples, task.streams.at(STREAM, "tune", step))
-        leaves = {name: values.detach().requires_grad_() for name, values in personal.items()}
-        with model.bound(personalised(spec, active.rows, leaves, tuned)):
+        leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+        with model.bound(leaves if kept == "rows" else personalised(spec, active.rows, leaves, kept)):
             loss_u = model.loss(batch)
         return list(torch.autograd.grad(loss_u.sum(), list(leaves.values())))
 
-    return tuning.optimizer.tune(gradients_of, zero)
+    if kept == "scales":
+        first = {name: row.new_zeros(*row.shape[:2], 1) for name, row in active.rows.items()}
+        return tuned(tuning.tuner, gradients_of, first, tuning.steps)
+    rows = tuned(tuning.tuner, gradients_of, tuning.start or active.rows, tuning.steps)
+    return {name: row - active.rows[name] for name, row in rows.items()}
 
 
 def personal_widths(module: ModuleSpec, tuned: Tuned) -> dict[str, int]:
@@ -128,7 +147,7 @@ def personal_schema(spec: PoolSpec, tuned: Tuned) -> Schema:
 def personal_sections(active: ActiveRows, personal: Rows) -> dict[str, Section]:
     """What U users keep, as the codec takes it."""
     return {
-        m.section: Section(active.ids_ujk[:, j].int(), active.valid_ujk[:, j], personal[m.section])
+        m.section: Section(active.units.ids_ujk[:, j].int(), active.units.valid_ujk[:, j], personal[m.section])
         for j, m in enumerate(active.spec.modules)
     }
 

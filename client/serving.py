@@ -25,7 +25,8 @@ from client.personal import (
     personal_sections,
     personal_values,
     served_rows,
-    task_masks,
+    task_known,
+    task_mask,
     tuning_of,
 )
 from client.personal_store import Kept
@@ -182,8 +183,9 @@ class Serving:
         task, values = self._node.loaded(version)
         ids, spec = _one(user_id), task.model.spec
         with making_tensors_on(self._node.device):
-            active = active_rows(values, spec, task_masks(task, values, self._node, ids))
-            personal = personal_values(task, active, tuning_of(task.config.personal), self._node, ids)
+            known = task_known(task, values, self._node, ids)
+            active = active_rows(values, spec, task_mask(task, known, ids))
+            personal = personal_values(task, active, tuning_of(task, values, known, active), self._node, ids)
         kept = Kept(version, _encoded(task, personal_sections(active, personal), version))
         before = self._query_loss(task, active.rows, ids)
         after = self._query_loss(task, _decoded(user, task, values, kept), ids)
@@ -220,7 +222,8 @@ class Serving:
         mask_ug = self._masks.get(key)
         if mask_ug is None:
             with making_tensors_on(self._node.device):
-                mask_ug = task_masks(task, values, self._node, _one(user_id))
+                ids = _one(user_id)
+                mask_ug = task_mask(task, task_known(task, values, self._node, ids), ids)
             with self._keeping:
                 if self._node.holds(user_id):  # else it was forgotten meanwhile
                     newest = list(self._masks.items())[-(_REMEMBERED - 1) :]

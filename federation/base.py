@@ -22,6 +22,8 @@ class BaseModel:
     features(module, inputs (B, ...)) -> (B, feature_width), what the gate may know of an example.
     name: goes into records and checkpoints.
     accuracy(module, inputs, targets) -> (B,), the share of an example's targets that are right, where it can be said.
+    log_probs(module, inputs) -> (B, ..., C), of what is predicted, where the model classifies.
+    head: the target module that classifies, where there is one.
     """
 
     module: nn.Module
@@ -31,6 +33,8 @@ class BaseModel:
     target_modules: tuple[str, ...]
     name: str
     accuracy: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
+    log_probs: Callable[[nn.Module, Tensor], Tensor] | None = None
+    head: str | None = None
 
 
 def frozen(module: nn.Module) -> nn.Module:
@@ -57,6 +61,11 @@ def target_log_probs(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tens
 def causal_lm_loss(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean next-token loss of a window: (B, T) and (B, T) -> (B,) nats per token. See `target_log_probs`."""
     return -target_log_probs(module, inputs, targets).mean(1)
+
+
+def causal_lm_log_probs(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Log-probabilities of all tokens that may follow: (B, T) -> (B, T, vocabulary)."""
+    return at_least_fp32(module(input_ids=inputs, use_cache=False).logits).log_softmax(2)
 
 
 def causal_lm_accuracy(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -94,4 +103,5 @@ def causal_lm_base(module: nn.Module, target_modules: tuple[str, ...], name: str
         target_modules=target_modules,
         name=name,
         accuracy=causal_lm_accuracy,
+        log_probs=causal_lm_log_probs,
     )

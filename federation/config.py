@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from federation.continual_config import ContinualConfig as ContinualConfig
 from federation.errors import ConfigError
 from federation.gate_config import EstimatorConfig as EstimatorConfig
 from federation.gate_config import GateConfig as GateConfig
@@ -167,6 +168,7 @@ class PersonalConfig(Settings):
     examples: PositiveInt = Field(8, description="support examples per step")
     gain_examples: PositiveInt = Field(64, description="support examples that the gains are measured on")
     rows: CodecConfig = Field(CodecConfig(rows="ternary", top=0.5), description="how personal values are written")
+    continual: ContinualConfig = ContinualConfig()
 
 
 class DeploymentConfig(Settings):

@@ -14,7 +14,7 @@ the special case C_u = M_u, and takes the same path (`starting_rows`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,9 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from federation.pool.spec import ModuleSpec
-
-Rows = Mapping[str, Tensor]
+from federation.pool.spec import ModuleSpec, Rows
 
 
 def cores_of_mask(valid_ujk: Tensor) -> Tensor:

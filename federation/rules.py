@@ -15,7 +15,7 @@ for the learned rule, which as there takes its inputs as constants.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,10 +23,7 @@ import torch
 from torch import Tensor
 
 from federation.meta_config import RuleConfig
-from federation.pool.spec import ModuleSpec
-
-Rows = Mapping[str, Tensor]
-"""U users' rows: {section: (U, k, d_in + d_out)}."""
+from federation.pool.spec import ModuleSpec, Rows
 
 
 @dataclass(frozen=True)

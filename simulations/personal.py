@@ -57,7 +57,7 @@ def _tuned(worker: Worker, trained: Trained, plan: Plan, user_id: int) -> dict[s
     start = start_of(worker, trained, plan.method, ids, packed)
     kept, _ = payload(start, tune(worker, start, plan, ids), plan.method)
     rows = personalised(start.spec, start.rows, kept, plan.method.tuned)
-    return {m.section: rows[m.section][0, start.valid_ujk[0, j]] for j, m in enumerate(start.spec.modules)}
+    return {m.section: rows[m.section][0, start.units.valid_ujk[0, j]] for j, m in enumerate(start.spec.modules)}
 
 
 def _check_population(population: Population, record: Mapping[str, Any], user_id: int) -> None:

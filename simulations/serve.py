@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from client.adapt import Adam, Rows
+from client.adapt import Adam
 from client.personal import (
     ActiveRows,
     Tuning,
@@ -33,7 +33,7 @@ from federation.data.population import Batch
 from federation.devices import CPU, making_tensors_on, moved
 from federation.formats import quantise
 from federation.pool.model import PooledModel
-from federation.pool.spec import PoolSpec
+from federation.pool.spec import PoolSpec, Rows
 from federation.qualities import make_quality
 from federation.streams import UserIds
 from federation.update import Values
@@ -153,7 +153,7 @@ class Start(ActiveRows):
     @property
     def active_share(self) -> float:
         """Mean share of the source's units that are active."""
-        return float(self.valid_ujk.float().mean()) * self.ids_ujk.shape[2] / self.spec.rank
+        return float(self.units.valid_ujk.float().mean()) * self.units.ids_ujk.shape[2] / self.spec.rank
 
 
 def start_of(
@@ -172,7 +172,7 @@ def start_of(
     fresh = method.source in ("fresh", "base")
     values = fresh_values(worker, setup, spec) if fresh else trained.values[method.source]
     active = active_rows(values, spec, mask_ug)
-    return Start(active.spec, active.rows, active.ids_ujk, active.valid_ujk, setup)
+    return Start(active.spec, active.rows, active.units, setup)
 
 
 def fresh_values(worker: Worker, setup: Setup, spec: PoolSpec) -> Values:
@@ -184,13 +184,13 @@ def fresh_values(worker: Worker, setup: Setup, spec: PoolSpec) -> Values:
 def tune(worker: Worker, start: Start, plan: Plan, user_ids: UserIds) -> Rows:
     """What each user keeps after the plan's Adam steps on its support part, {section: (U, k, width)}."""
     adam, examples = Adam(plan.learning_rate, plan.steps), start.setup.config.evaluate.examples
-    return personal_values(start.setup, start, Tuning(plan.method.tuned, adam, examples), worker, user_ids)
+    return personal_values(start.setup, start, Tuning(plan.method.tuned, adam, plan.steps, examples), worker, user_ids)
 
 
 def payload(start: Start, personal: Rows, method: Method) -> tuple[Rows, Tensor]:
     """What users keep as it is read back from its bytes, and those bytes (U,). A shared method keeps nothing."""
     if method.mask in ("none", "all") and method.tuned == "nothing":
-        return personal, torch.zeros(len(start.ids_ujk), dtype=torch.int64)
+        return personal, torch.zeros(len(start.units.ids_ujk), dtype=torch.int64)
     schema, sections = personal_schema(start.spec, method.tuned), personal_sections(start, personal)
     formats = {"pool": method.rows}
     read = {name: section.rows_ukw for name, section in quantise(sections, formats).items()}

@@ -14,6 +14,9 @@ from federation.update import SectionSpec
 
 SECTION_PREFIX = "pool/"
 
+Rows = Mapping[str, Tensor]
+"""U users' rows: {section: (U, k, d_in + d_out)}."""
+
 
 @dataclass(frozen=True)
 class ModuleSpec:

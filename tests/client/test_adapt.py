@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from client.adapt import Adam, sgd, unit_gains
+from client.adapt import Adam, sgd, tuned, unit_gains
 from federation.base import BaseModel
 from federation.data.population import Batch
 from federation.pool.model import PooledModel
@@ -163,7 +163,7 @@ def test_tuning_equals_torch_adam_with_a_rate_that_falls_linearly_to_zero() -> N
     def gradients_of(values: Mapping[str, Tensor], step: int) -> list[Tensor]:
         return [2.0 * (values[name] - targets[name][step]) for name in values]
 
-    tuned = Adam(learning_rate, steps).tune(gradients_of, start)
+    found = tuned(Adam(learning_rate, steps), gradients_of, start, steps)
 
     plain = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
     optimizer = torch.optim.Adam(plain.values(), lr=learning_rate)
@@ -174,5 +174,5 @@ def test_tuning_equals_torch_adam_with_a_rate_that_falls_linearly_to_zero() -> N
         optimizer.step()
         schedule.step()
     for name in start:
-        torch.testing.assert_close(tuned[name], plain[name].detach(), rtol=1e-5, atol=1e-6)
-        assert not torch.equal(tuned[name], start[name])
+        torch.testing.assert_close(found[name], plain[name].detach(), rtol=1e-5, atol=1e-6)
+        assert not torch.equal(found[name], start[name])

@@ -24,11 +24,12 @@ from client.personal import (
     personalised,
     proposed_mask,
     served_rows,
-    task_masks,
+    task_known,
+    task_mask,
     tuning_of,
 )
 from federation.codec import decode_personal, encode_personal
-from federation.config import PersonalConfig, Policy
+from federation.config import Policy
 from federation.formats import RowFormat, quantise
 from federation.streams import UserIds
 from simulations.compute.worker import Worker
@@ -134,7 +135,7 @@ def test_a_rebuilt_embedding_follows_the_users_own_examples(house: House) -> Non
 @pytest.mark.parametrize("policy", ["gate", "saliency", "magnitude", "random", "all"])
 def test_a_policy_proposes_its_own_masks(policy: str) -> None:
     house = House(f"gate.policy='{policy}'")
-    found = task_masks(house.task, house.values, house.worker, IDS)
+    found = task_mask(house.task, task_known(house.task, house.values, house.worker, IDS), IDS)
     proposals = proposed_masks(house, IDS)
     expected = torch.ones(3, house.spec.units, dtype=torch.bool) if policy == "all" else proposals[policy]
     assert torch.equal(found, expected)
@@ -143,8 +144,10 @@ def test_a_policy_proposes_its_own_masks(policy: str) -> None:
 
 
 def test_a_device_tunes_by_its_settings() -> None:
-    config = PersonalConfig(steps=3, learning_rate=0.25, examples=5)
-    assert tuning_of(config) == Tuning("rows", Adam(0.25, 3), 5)
+    house = House("personal={steps=3, learning_rate=0.25, examples=5, gain_examples=8}")
+    known = task_known(house.task, house.values, house.worker, IDS)
+    active = active_rows(house.values, house.spec, task_mask(house.task, known, IDS))
+    assert tuning_of(house.task, house.values, known, active) == Tuning("rows", Adam(0.25, 3), 3, 5)
 
 
 def test_rows_are_those_of_the_mask_and_padding_is_zero(house: House) -> None:
@@ -158,7 +161,7 @@ def test_rows_are_those_of_the_mask_and_padding_is_zero(house: House) -> None:
     assert all(not rows[[0, 2]].any() for rows in active.rows.values())
     nobody = active_rows(house.values, house.spec, mask_ug[:1])
     assert all(rows.shape[1] == 1 and not rows.any() for rows in nobody.rows.values())
-    assert not nobody.valid_ujk.any()
+    assert not nobody.units.valid_ujk.any()
 
 
 def random_start(house: House, share: float) -> ActiveRows:
@@ -173,7 +176,7 @@ def random_start(house: House, share: float) -> ActiveRows:
 @pytest.mark.parametrize("row_format", [RowFormat("fp32"), RowFormat("int8"), RowFormat("ternary", 0.5)])
 def test_served_rows_are_those_that_were_kept(house: House, tuned, row_format: RowFormat) -> None:
     active, formats = random_start(house, 0.4), {"pool": row_format}
-    tuning = Tuning(tuned, Adam(0.05, 3), 4)
+    tuning = Tuning(tuned, Adam(0.05, 3), 3, 4)
     personal = personal_values(house.task, active, tuning, house.worker, IDS)
     sections, schema = personal_sections(active, personal), personal_schema(house.spec, tuned)
     read = {name: section.rows_ukw for name, section in quantise(sections, formats).items()}
@@ -183,7 +186,7 @@ def test_served_rows_are_those_that_were_kept(house: House, tuned, row_format: R
         served = served_rows(house.values, house.spec, decode_personal(payload, schema, "r1-00"), tuned)
         for j, m in enumerate(house.spec.modules):
             assert served[m.section].shape[0] == 1
-            assert torch.equal(served[m.section][0], expected[m.section][u][active.valid_ujk[u, j]])
+            assert torch.equal(served[m.section][0], expected[m.section][u][active.units.valid_ujk[u, j]])
     assert served["pool/fc1"].shape[1] > 0
     moved = any(not torch.equal(expected[name], active.rows[name]) for name in expected)
     assert moved == (tuned != "nothing")
@@ -192,7 +195,7 @@ def test_served_rows_are_those_that_were_kept(house: House, tuned, row_format: R
 def test_served_rows_do_what_the_padded_rows_do(house: House) -> None:
     """A module in which the user has no active unit is the base's."""
     active = random_start(house, 0.3)
-    tuning = Tuning("rows", Adam(0.05, 3), 4)
+    tuning = Tuning("rows", Adam(0.05, 3), 3, 4)
     sections = personal_sections(active, personal_values(house.task, active, tuning, house.worker, IDS))
     schema, formats = personal_schema(house.spec, "rows"), {"pool": RowFormat("fp32")}
     test = house.worker.batch(IDS, "test", None, house.task.streams)
@@ -204,4 +207,4 @@ def test_served_rows_do_what_the_padded_rows_do(house: House) -> None:
         rows = served_rows(house.values, house.spec, kept, "rows")
         with torch.no_grad(), model.bound(rows):
             torch.testing.assert_close(model.loss(test.take(slice(u, u + 1)))[0], expected_u[u], rtol=1e-5, atol=0)
-    assert not active.valid_ujk[0, 0].any()
+    assert not active.units.valid_ujk[0, 0].any()

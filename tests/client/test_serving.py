@@ -447,7 +447,7 @@ def test_values_that_are_made_while_the_user_is_forgotten_are_not_kept(
 def test_a_mask_that_is_proposed_while_the_user_is_forgotten_is_not_remembered(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serving, propose = Serving(node), client.serving.task_masks
+    serving, propose = Serving(node), client.serving.task_mask
     version = released(node)
     serving.model_of("3")
 
@@ -455,7 +455,7 @@ def test_a_mask_that_is_proposed_while_the_user_is_forgotten_is_not_remembered(
         serving.forget("2")
         return propose(*args)
 
-    monkeypatch.setattr(client.serving, "task_masks", forgotten_meanwhile)
+    monkeypatch.setattr(client.serving, "task_mask", forgotten_meanwhile)
     serving.model_of("2")
     assert serving._masks.keys() == {(3, version)}
 

@@ -266,7 +266,7 @@ def test_tuning_is_torchs_adam_user_by_user(house: House, name: str, chosen: str
 def sections_of(start: Start, personal: Mapping[str, Tensor], method: Method) -> tuple[dict[str, Section], Schema]:
     sections, specs = {}, {}
     for j, m in enumerate(start.spec.modules):
-        ids, valid = start.ids_ujk[:, j].int(), start.valid_ujk[:, j]
+        ids, valid = start.units.ids_ujk[:, j].int(), start.units.valid_ujk[:, j]
         sections[m.section] = Section(ids, valid, personal[m.section])
         specs[m.section] = SectionSpec(start.spec.rank, personal_widths(m, method.tuned), start.spec.rank)
     return sections, Schema(specs)
@@ -285,14 +285,14 @@ def test_what_is_measured_is_what_was_encoded_and_decoded(house: House, name: st
         data = encode_personal(sections, u, schema, {"pool": method.rows}, "")
         assert bytes_u[u] == len(data)
         for name_of_section, decoded in decode_personal(data, schema, "").items():
-            valid = start.valid_ujk[u, list(schema.sections).index(name_of_section)]
+            valid = start.units.valid_ujk[u, list(schema.sections).index(name_of_section)]
             assert torch.equal(kept[name_of_section][u][valid], decoded.rows_ukw[0])
     served = serve(house, method)
     assert served.bytes_u.tolist() == bytes_u.tolist()
     read = {section: rows.rows_ukw for section, rows in quantise(sections, {"pool": method.rows}).items()}
     rows = personalised(start.spec, start.rows, read, method.tuned)
     for u in range(len(IDS)):
-        by_name = {m.name: rows[m.section][u][start.valid_ujk[u, j]] for j, m in enumerate(start.spec.modules)}
+        by_name = {m.name: rows[m.section][u][start.units.valid_ujk[u, j]] for j, m in enumerate(start.spec.modules)}
         assert served.loss_u[u] == pytest.approx(plain_bits(house, u, by_name), rel=1e-5)
 
 
