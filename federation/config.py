@@ -143,6 +143,14 @@ class ComputeConfig(Settings):
     precision: Precision = Field("fp32", description="of forward and backward; rows stay fp32")
 
 
+class CurvesConfig(Settings):
+    """Few-shot curves: methods measured after so many steps, by users who own so many examples."""
+
+    methods: tuple[str, ...] = Field((), description="whose curves are drawn; they tune")
+    steps: tuple[int, ...] = Field((0, 1, 2, 5, 10, 20), description="numbers of steps")
+    shots: tuple[PositiveInt, ...] = Field((), description="numbers of support examples owned; all by default")
+
+
 class EvaluateConfig(Settings):
     """How new users are served and measured."""
 
@@ -150,6 +158,7 @@ class EvaluateConfig(Settings):
     claims: tuple[tuple[str, str], ...] = Field(
         (), description="pairs of methods (better, worse) that documents compare"
     )
+    curves: CurvesConfig = CurvesConfig()
     users: int = Field(96, ge=2, description="new users measured")
     tuning_users: PositiveInt = Field(16, description="training users on whose test part rates and steps are chosen")
     steps: tuple[PositiveInt, ...] = Field((20, 40), description="Adam steps to choose from")

@@ -90,11 +90,13 @@ class Learner:
 
     def parameters(self, copies: Mapping[str, Tensor], active: ActiveUnits) -> Parameters:
         """Those of the rule."""
-        users, modules, k = active.ids_ujk.shape
-        none = active.valid_ujk.new_zeros(users, modules, k, 0, dtype=torch.float32)
-        units = copies[RATES_OF_UNITS].view(users, modules, k, -1) if RATES_OF_UNITS in copies else none
-        shared = copies[SHARED_RATES][:, 0] if SHARED_RATES in copies else none.new_zeros(users, 0)
-        return Parameters(units, shared)
+        shape, none = active.ids_ujk.shape, self.no_parameters(active)
+        units = copies[RATES_OF_UNITS].view(*shape, -1) if RATES_OF_UNITS in copies else none.units
+        return Parameters(units, copies[SHARED_RATES][:, 0] if SHARED_RATES in copies else none.shared)
+
+    def no_parameters(self, active: ActiveUnits) -> Parameters:
+        """Those of a rule that has none."""
+        return Parameters(torch.zeros(*active.ids_ujk.shape, 0), torch.zeros(len(active.ids_ujk), 0))
 
     def sent(self, directions: Mapping[str, Tensor], active: ActiveUnits, taught_u: Tensor) -> dict[str, Section]:
         """The sections of U users' directions, which are laid out as `copies`. Who teaches nothing sends padding."""

@@ -32,6 +32,9 @@ from simulations.setup import Setup, Teacher
 from simulations.statistics import Floats
 from simulations.variants import MAIN, begins_as_the_teachers
 
+NEIGHBOURS = (1, 3, 5, 10)
+"""Numbers of neighbours to choose from, where a user's examples vote."""
+
 
 @dataclass(frozen=True)
 class MethodResult:
@@ -99,7 +102,13 @@ def check_methods(methods: Sequence[Method], population: Population, federations
     """Raises ConfigError when a method needs another population, or another pool: before anything is trained."""
     check_caches(methods, population)
     configs = {name: setup.config for name, setup in federations.items()}
+    base = next(iter(federations.values())).model.base
     for method in methods:
+        if (method.mask == "head" or method.neighbours) and base.head is None:
+            raise ConfigError(
+                f"the method {method.name!r} needs a base with a head that classifies, {base.name!r} has none; "
+                "leave it out of evaluate.methods"
+            )
         if method.mask not in (*TEACHERS, "informed"):
             continue
         if not isinstance(population, Teacher):
@@ -167,10 +176,14 @@ def evaluated_users(population: Population, config: RunConfig) -> tuple[UserIds,
 
 
 def plans_of(method: Method, config: RunConfig) -> list[Plan]:
-    """Every rate and number of steps that a method may choose from."""
-    if method.tuned == "nothing":
+    """Every rate and number of steps, or of neighbours, that a method may choose from."""
+    if method.neighbours:
+        return [Plan(method, 0.0, neighbours) for neighbours in NEIGHBOURS]
+    if method.tuned == "nothing" or method.steps == 0:
         return [Plan(method, 0.0, 0)]
-    return [Plan(method, rate, steps) for rate in config.evaluate.learning_rates for steps in config.evaluate.steps]
+    rates = (0.0,) if method.by == "rule" else config.evaluate.learning_rates
+    many = config.evaluate.steps if method.steps is None else (method.steps,)
+    return [Plan(method, rate, steps) for rate in rates for steps in many]
 
 
 def _cut(ids: UserIds, config: RunConfig) -> list[slice]:

@@ -6,6 +6,12 @@ whose masks are chosen by user:
     pool      the federation whose pool and gate serve, one of `variants.federations_of`; the main one by default
     windows   how many support examples the choice sees; `evaluate.gain_examples` by default
     budget    active units per module; `gate.budget` of the federation by default
+
+Of those that tune:
+
+    steps     how many steps; chosen from `evaluate.steps` by default
+    shots     how many support examples the user owns, for the choice of its mask too; all by default
+    by        what steps: adam and sgd, whose rates are chosen, or rule, the federation's own (of those that learn one)
 """
 
 from __future__ import annotations
@@ -13,18 +19,22 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from itertools import product
+from typing import Literal, cast, get_args
 
 from client.personal import Tuned
 from client.task import row_format
-from federation.config import RunConfig
+from federation.config import CurvesConfig, RunConfig
 from federation.errors import ConfigError
 from federation.formats import RowFormat
 from federation.plugins import suggest
 from simulations.variants import MAIN, SHARED, federations_of
 
 UserRule = Literal["gate", "other", "saliency", "magnitude", "random", "best", "type", "informed"]
-MaskRule = Literal["none", "all"] | UserRule
+MaskRule = Literal["none", "all", "head", "own"] | UserRule
+"""head: the units of the classifying module alone. own: as the federation itself chooses."""
+
+Stepping = Literal["adam", "sgd", "rule"]
 
 FP16 = RowFormat("fp16")
 TEACHERS: tuple[UserRule, ...] = ("best", "type")
@@ -35,7 +45,10 @@ _OPTIONS: Mapping[MaskRule, tuple[str, ...]] = {
     **dict.fromkeys(("random", "magnitude"), ("pool", "budget")),
     **dict.fromkeys(TEACHERS, ("pool",)),
     "informed": ("pool", "windows"),
+    "own": ("pool", "windows", "budget"),
 }
+_OF_TUNED = ("steps", "shots")
+_OF_VOTES = ("shots",)
 _OPTION = r"\s*\w+\s*=\s*[^\s\[\]@,=]+\s*"
 _WRITTEN = re.compile(rf"(?P<base>[^\[\]@]+)(?:\[(?P<options>{_OPTION}(?:,{_OPTION})*)\])?(?:@(?P<written>.+))?")
 
@@ -59,13 +72,19 @@ class Choice:
 
     "other" is what the gate chose for another user; "best", "type" and "informed" are the known best masks of the
     user, of its type, and given its type and the very examples that a policy sees. windows: support examples that
-    are seen. budget: active units per module.
+    are seen. budget: active units per module. shots: support examples that the user owns, 0 for all that it has.
     """
 
     rule: UserRule
     pool: str
     windows: int
     budget: int
+    shots: int = 0
+
+    @property
+    def seen(self) -> int:
+        """How many support examples there are to see."""
+        return min(self.windows, self.shots) if self.shots else self.windows
 
 
 @dataclass(frozen=True)
@@ -76,7 +95,9 @@ class Method:
     the federation's name. mask: which rows. tuned: what the user then tunes on its support part. rows: how the
     difference to the source is written, which sets the bytes. budget: active units per module; where the mask is
     "all", as many rows as there are. windows: support examples that a mask is chosen by. cache: whether a 5-gram cache
-    of the user's own text is interpolated.
+    of the user's own text is interpolated. by: what steps. learned: whether rows start where the federation's f_init
+    says. steps: of the tuning, None where they are chosen. shots: as of a `Choice`. neighbours: whether the user's
+    examples vote, with no training at all.
     """
 
     name: str
@@ -87,6 +108,11 @@ class Method:
     budget: int
     windows: int = 0
     cache: bool = False
+    by: Stepping = "adam"
+    learned: bool = False
+    steps: int | None = None
+    shots: int = 0
+    neighbours: bool = False
 
     @property
     def start(self) -> Method:
@@ -96,9 +122,15 @@ class Method:
     @property
     def choice(self) -> Choice | None:
         """How the user's mask is chosen; None where nobody chooses."""
-        if self.mask == "none" or self.mask == "all":
+        if self.mask == "none" or self.mask == "all" or self.mask == "head":
             return None
-        return Choice(self.mask, self.source, self.windows, self.budget)
+        assert self.mask != "own", f"{self.name!r} has taken its federation's policy"
+        return Choice(self.mask, self.source, self.windows, self.budget, self.shots)
+
+    @property
+    def seen(self) -> int:
+        """How many support examples f_init is told of."""
+        return min(self.windows, self.shots) if self.shots else self.windows
 
 
 def methods_of(config: RunConfig) -> list[Method]:
@@ -108,8 +140,17 @@ def methods_of(config: RunConfig) -> list[Method]:
     federation, and for a gate's masks of a federation without a gate.
     """
     known, federations = known_methods(config), federations_of(config)
-    chosen = ["base", *[name for name in config.evaluate.methods if name != "base"]]
+    chosen = dict.fromkeys(["base", *config.evaluate.methods, *curve_names(config.evaluate.curves)])
     return [_method(parsed_name(name), known, federations) for name in chosen]
+
+
+def curve_names(curves: CurvesConfig) -> list[str]:
+    """The methods that make up the few-shot curves, as they are written."""
+    found = []
+    for name, shots, steps in product(map(parsed_name, curves.methods), curves.shots or (0,), curves.steps):
+        few = {"shots": str(shots)} if shots else {}
+        found.append(str(replace(name, options={**name.options, **few, "steps": str(steps)})))
+    return found
 
 
 def known_methods(config: RunConfig) -> dict[str, Method]:
@@ -135,6 +176,12 @@ def known_methods(config: RunConfig) -> dict[str, Method]:
         Method("dsa_t0", MAIN, "gate", "nothing", FP16, k, windows),
         Method("dsa_t1", MAIN, "gate", "scales", FP16, k, windows),
         Method("dsa_t2", MAIN, "gate", "rows", personal, k, windows),
+        Method("melpa", MAIN, "own", "rows", personal, k, windows, by="rule", learned=True),
+        Method("maml", "maml", "own", "rows", personal, k, windows, by="rule", learned=True),
+        Method("fomaml", "fomaml", "own", "rows", personal, k, windows, by="rule", learned=True),
+        Method("reptile", "reptile", "own", "rows", personal, k, windows, by="rule", learned=True),
+        Method("head_only", "fresh", "head", "rows", FP16, k),
+        Method("neighbours", "base", "none", "nothing", FP16, 0, neighbours=True),
         Method("ngram_cache", "base", "none", "nothing", FP16, 0, cache=True),
         Method("dsa_t2_cache", MAIN, "gate", "rows", personal, k, windows, cache=True),
     ]
@@ -168,6 +215,8 @@ def _method(name: MethodName, known: Mapping[str, Method], federations: Mapping[
         method = _with_options(method, name, federations)
     if name.written:
         method = replace(method, rows=_format(name))
+    if method.mask == "own":
+        method = _as_its_federation(method, federations)
     policy = federations[method.source].gate.policy if method.source in federations else None
     if method.mask in ("gate", "other") and policy != "gate":
         raise ConfigError(
@@ -177,14 +226,46 @@ def _method(name: MethodName, known: Mapping[str, Method], federations: Mapping[
     return method
 
 
+def _as_its_federation(method: Method, federations: Mapping[str, RunConfig]) -> Method:
+    """The method with the masks that its federation trains with."""
+    if method.source not in federations:
+        raise ConfigError(
+            f"the method {method.name!r} serves by a federation called {method.source!r}, there is none; add "
+            f"[variants.{method.source}.meta] with signal = {method.source!r}, or leave the method out"
+        )
+    config = federations[method.source]
+    if config.gate.policy == "all":
+        return replace(method, mask="all", budget=config.pool.rank)
+    return replace(method, mask=config.gate.policy)
+
+
 def _with_options(method: Method, name: MethodName, federations: Mapping[str, RunConfig]) -> Method:
     """The method as its options say. What they leave out is as in its federation."""
-    takes = _OPTIONS.get(method.mask, ())
+    takes = _options_of(method)
     for option in name.options:
         if option not in takes:
             raise ConfigError(
                 f"the method {name.base!r} has no option {option!r}, in {method.name!r}; {suggest(option, takes)}"
             )
+    if method.tuned != "nothing" or method.neighbours:
+        method = _with_tuning(method, name)
+    return _with_pool(method, name, federations) if "pool" in takes else method
+
+
+def _options_of(method: Method) -> tuple[str, ...]:
+    tuned = _OF_TUNED if method.tuned != "nothing" else _OF_VOTES if method.neighbours else ()
+    return (*_OPTIONS.get(method.mask, ()), *tuned, *(("by",) if method.learned else ()))
+
+
+def _with_tuning(method: Method, name: MethodName) -> Method:
+    by = name.options.get("by", method.by)
+    if by not in get_args(Stepping):
+        raise ConfigError(f"what steps is one of {get_args(Stepping)}, got by = {by!r} in {method.name!r}")
+    steps = _number(name, "steps", 0, least=0) if "steps" in name.options else None
+    return replace(method, by=cast(Stepping, by), steps=steps, shots=_number(name, "shots", 0))
+
+
+def _with_pool(method: Method, name: MethodName, federations: Mapping[str, RunConfig]) -> Method:
     pool = name.options.get("pool", method.source)
     if pool not in federations:
         raise ConfigError(f"no federation is called {pool!r}, in {method.name!r}; {suggest(pool, federations)}")
@@ -200,10 +281,14 @@ def _with_options(method: Method, name: MethodName, federations: Mapping[str, Ru
     return replace(method, source=pool, windows=_number(name, "windows", method.windows), budget=budget)
 
 
-def _number(name: MethodName, option: str, default: int) -> int:
-    text = name.options.get(option, str(default))
-    if not re.fullmatch(r"[1-9][0-9]*", text, re.ASCII):
-        raise ConfigError(f"{option} is a whole number from 1, got {text!r} in {str(name)!r}; for example {option}=4")
+def _number(name: MethodName, option: str, default: int, least: int = 1) -> int:
+    if option not in name.options:
+        return default
+    text = name.options[option]
+    if not re.fullmatch(r"0|[1-9][0-9]*", text, re.ASCII) or int(text) < least:
+        raise ConfigError(
+            f"{option} is a whole number from {least}, got {text!r} in {str(name)!r}; for example {option}=4"
+        )
     return int(text)
 
 

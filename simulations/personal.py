@@ -55,7 +55,7 @@ def _tuned(worker: Worker, trained: Trained, plan: Plan, user_id: int) -> dict[s
     choice = plan.method.choice
     _, packed = propose_masks(worker, trained, ids, [choice] if choice else [])
     start = start_of(worker, trained, plan.method, ids, packed)
-    kept, _ = payload(start, tune(worker, start, plan, ids), plan.method)
+    kept, _ = payload(start, tune(worker, trained, start, plan, ids), plan.method)
     rows = personalised(start.spec, start.rows, kept, plan.method.tuned)
     return {m.section: rows[m.section][0, start.units.valid_ujk[0, j]] for j, m in enumerate(start.spec.modules)}
 

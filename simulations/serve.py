@@ -13,12 +13,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from client.adapt import Adam
+from client.adapt import Adam, ByRule, Tuner
 from client.personal import (
     ActiveRows,
     Tuning,
     active_rows,
     known_of,
+    learned_tuning,
     personal_schema,
     personal_sections,
     personal_values,
@@ -29,17 +30,20 @@ from client.policies import Known
 from federation import masks
 from federation.codec import personal_bytes
 from federation.config import Policy, RunConfig
-from federation.data.population import Batch
+from federation.data.population import Batch, Examples
 from federation.devices import CPU, making_tensors_on, moved
 from federation.formats import quantise
 from federation.pool.model import PooledModel
 from federation.pool.spec import PoolSpec, Rows
 from federation.qualities import make_quality
+from federation.rules import Sgd
 from federation.streams import UserIds
 from federation.update import Values
 from simulations.cached import TargetFigures, target_figures
 from simulations.compute.worker import Worker
-from simulations.methods import Choice, Method
+from simulations.few_shots import with_shots
+from simulations.methods import Choice, Method, Stepping
+from simulations.neighbours import votes
 from simulations.setup import Setup, Teacher
 from simulations.statistics import Floats
 
@@ -90,8 +94,8 @@ def propose_masks(
     for choice in choices:
         setup, seen = worker.setup(trained.configs.get(choice.pool, trained.config)), replace(choice, rule="random")
         if seen not in known:
-            values = trained.values[choice.pool]
-            known[seen] = known_of(setup, values, worker, user_ids, choice.windows, choice.budget)
+            examples, windows = with_shots(worker, choice.shots, setup.streams), choice.seen
+            known[seen] = known_of(setup, trained.values[choice.pool], examples, user_ids, windows, choice.budget)
         if choice.rule == "informed":
             mask_ug = informed_masks(worker, user_ids, known[seen].signals.examples)
         else:
@@ -117,11 +121,14 @@ def serve_block(
     tuned: dict[Plan, tuple[Start, Rows, float]] = {}
     results = {}
     for plan in plans:
+        if plan.method.neighbours:
+            results[plan] = _by_votes(worker, trained, plan, user_ids, test)
+            continue
         shared = replace(plan, method=plan.method.start)
         if shared not in tuned:
             started = time.perf_counter()
             start = start_of(worker, trained, plan.method, user_ids, packed)
-            personal = tune(worker, start, shared, user_ids)
+            personal = tune(worker, trained, start, shared, user_ids)
             tuned[shared] = (start, personal, time.perf_counter() - started)
         start, personal, seconds = tuned[shared]
         kept, bytes_u = payload(start, personal, plan.method)
@@ -134,6 +141,17 @@ def serve_block(
             quality_u = None if plan.method.cache else other_quality(model, test, trained.config)
         results[plan] = Served(loss_u, bytes_u.numpy(force=True), start.active_share, seconds, figures, quality_u)
     return None, results
+
+
+def _by_votes(worker: Worker, trained: Trained, plan: Plan, user_ids: UserIds, test: Batch) -> Served:
+    """What users' own examples are worth as they are. They keep those, which are counted as no bytes."""
+    setup = worker.setup(trained.config)
+    size = plan.method.shots or None
+    support = with_shots(worker, plan.method.shots, setup.streams).batch(user_ids, "support", size, setup.streams)
+    loss_u, right_u, seconds = votes(setup.model, support, test, plan.steps)
+    loss_bits_u = loss_u.double().numpy(force=True) / math.log(2.0)
+    quality_u = right_u.double().numpy(force=True) if trained.config.gate.reward.quality.name == "accuracy" else None
+    return Served(loss_bits_u, np.zeros(len(user_ids), np.int64), 0.0, seconds, None, quality_u)
 
 
 def other_quality(model: PooledModel, test: Batch, config: RunConfig) -> Floats | None:
@@ -167,6 +185,10 @@ def start_of(
     elif method.mask == "all":
         spec = replace(spec, rank=method.budget)
         mask_ug = torch.ones(users, spec.units, dtype=torch.bool)
+    elif method.mask == "head":
+        spec = replace(spec, rank=method.budget)
+        heads = [m.name == setup.model.base.head for m in spec.modules]
+        mask_ug = torch.tensor(heads).repeat_interleave(spec.rank).repeat(users, 1)
     else:
         mask_ug = torch.zeros(users, spec.units, dtype=torch.bool)
     fresh = method.source in ("fresh", "base")
@@ -181,10 +203,28 @@ def fresh_values(worker: Worker, setup: Setup, spec: PoolSpec) -> Values:
         return moved(spec.init(setup.streams.generator("fresh")), worker.device)
 
 
-def tune(worker: Worker, start: Start, plan: Plan, user_ids: UserIds) -> Rows:
-    """What each user keeps after the plan's Adam steps on its support part, {section: (U, k, width)}."""
-    adam, examples = Adam(plan.learning_rate, plan.steps), start.setup.config.evaluate.examples
-    return personal_values(start.setup, start, Tuning(plan.method.tuned, adam, plan.steps, examples), worker, user_ids)
+def tune(worker: Worker, trained: Trained, start: Start, plan: Plan, user_ids: UserIds) -> Rows:
+    """What each user keeps after the plan's steps on its support part, {section: (U, k, width)}."""
+    examples = with_shots(worker, plan.method.shots, start.setup.streams)
+    tuning = tuning_of_plan(trained, start, plan, examples, user_ids)
+    return personal_values(start.setup, start, tuning, examples, user_ids)
+
+
+def tuning_of_plan(trained: Trained, start: Start, plan: Plan, examples: Examples, user_ids: UserIds) -> Tuning:
+    """How users tune by a plan: by its rate, or by the rule that their federation has learned."""
+    method, setup = plan.method, start.setup
+    most = trained.config.evaluate.examples
+    step_examples = min(most, method.shots) if method.shots else most
+    tuners: Mapping[Stepping, Tuner] = {
+        "adam": Adam(plan.learning_rate, max(plan.steps, 1)),
+        "sgd": ByRule(Sgd(plan.learning_rate), setup.learner.no_parameters(start.units)),
+    }
+    if not method.learned:
+        return Tuning(method.tuned, tuners[method.by], plan.steps, step_examples)
+    values = trained.values[method.source]
+    known = known_of(setup, values, examples, user_ids, method.seen, method.budget)
+    learned = learned_tuning(setup, values, known, start, plan.steps, step_examples)
+    return learned if method.by == "rule" else replace(learned, tuner=tuners[method.by])
 
 
 def payload(start: Start, personal: Rows, method: Method) -> tuple[Rows, Tensor]:

@@ -35,10 +35,7 @@ class InMemory:
         whole = self.parts[part].take(torch.from_numpy(user_ids))
         if size is None:
             return whole
-        examples = whole.weight.shape[1]
-        drawn_un = torch.from_numpy(streams.integers("examples", user_ids, examples, size))
-        rows_u1 = torch.arange(len(user_ids))[:, None]
-        return Batch(whole.inputs[rows_u1, drawn_un], whole.targets[rows_u1, drawn_un], whole.weight[rows_u1, drawn_un])
+        return whole.pick(torch.from_numpy(streams.integers("examples", user_ids, whole.weight.shape[1], size)))
 
     def base_model(self) -> BaseModel:
         return self.base

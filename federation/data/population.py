@@ -41,6 +41,11 @@ class Batch:
         """Examples start..stop of every user."""
         return Batch(self.inputs[:, start:stop], self.targets[:, start:stop], self.weight[:, start:stop])
 
+    def pick(self, index_un: Tensor) -> Batch:
+        """Some examples of each user, (U, n) int64."""
+        users_u1 = torch.arange(self.users)[:, None]
+        return Batch(self.inputs[users_u1, index_un], self.targets[users_u1, index_un], self.weight[users_u1, index_un])
+
     def take(self, users: slice | Tensor) -> Batch:
         """Some of the users."""
         return Batch(self.inputs[users], self.targets[users], self.weight[users])

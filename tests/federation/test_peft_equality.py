@@ -102,8 +102,9 @@ def test_stacked_dense_lora_equals_stock_peft_user_by_user(make):
     setup = set_up(config, wrap(config, make()))
     worker = OneSetup(setup, Writers())
     plan = Plan(known_methods(config)["dense_lora"], RATE, STEPS)
-    start = start_of(worker, Trained(config, {}, {}), plan.method, USERS, {})
-    changes = tune(worker, start, plan, USERS)
+    trained = Trained(config, {}, {})
+    start = start_of(worker, trained, plan.method, USERS, {})
+    changes = tune(worker, trained, start, plan, USERS)
     test = Writers().batch(USERS, "test", None, Streams(0))
     with torch.no_grad(), setup.model.bound(personalised(start.spec, start.rows, changes, "rows")):
         loss_u = setup.model.loss(test)

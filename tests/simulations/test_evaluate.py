@@ -245,7 +245,7 @@ def plain_tuning(house: House, u: int, start: dict[str, Tensor], scales_only: bo
 def test_tuning_is_torchs_adam_user_by_user(house: House, name: str, chosen: str | None) -> None:
     method = house.method(name)
     start = house.start(method)
-    found = tune(house.worker, start, Plan(method, **PLAN), IDS)  # type: ignore[arg-type]
+    found = tune(house.worker, house.trained, start, Plan(method, **PLAN), IDS)  # type: ignore[arg-type]
     for u in range(len(IDS)):
         if method.source == "fresh":
             fresh = start.spec.init(house.setup.streams.generator("fresh"))
@@ -278,7 +278,7 @@ def test_what_is_measured_is_what_was_encoded_and_decoded(house: House, name: st
     top = 0.3 if written == "ternary" else 1.0
     method = replace(house.method(name), rows=RowFormat(written, top))  # type: ignore[arg-type]
     start = house.start(method)
-    personal = tune(house.worker, start, Plan(method, **PLAN), IDS)  # type: ignore[arg-type]
+    personal = tune(house.worker, house.trained, start, Plan(method, **PLAN), IDS)  # type: ignore[arg-type]
     kept, bytes_u = payload(start, personal, method)
     sections, schema = sections_of(start, personal, method)
     for u in range(len(IDS)):

@@ -89,7 +89,7 @@ def test_methods_that_differ_in_an_option_are_tuned_apart() -> None:
         ("dsa_t0[windows=4,windows=8]", "each option once"),
         ("dsa_t0[window=4]", "has no option 'window'.*did you mean 'windows'"),
         ("random_mask[windows=4]", "has no option 'windows'.*known: budget, pool"),
-        ("dense_lora[budget=4]", "has no option 'budget'.*known: none"),
+        ("dense_lora[budget=4]", "has no option 'budget'.*known: shots, steps"),
         ("dsa_t0[windows=many]", "windows is a whole number from 1, got 'many'"),
         ("dsa_t0[budget=0]", "budget is a whole number from 1, got '0'"),
         ("dsa_t0[budget=2.5]", "budget is a whole number from 1, got '2.5'"),
