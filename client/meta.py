@@ -16,7 +16,7 @@ and those of f_init. Per-unit rates cost nearly nothing: with constant inner gra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,9 +24,11 @@ from torch import Tensor
 from client.adapt import row_gradients, sgd
 from client.inner import Inner
 from federation.data.population import Batch
+from federation.formats import RowFormat, quantise
 from federation.meta_config import SignalName
 from federation.pool.spec import Rows
 from federation.rules import Parameters, Sgd, Stepped
+from federation.update import Section
 
 _RUNAWAY = 4.0
 """An inner loop has diverged if it ends with so many times the loss that it began with, or 1 nat where that is more."""
@@ -38,6 +40,8 @@ class Lesson:
 
     copies: of all that the adaptation depends on, (U, k, width) by section. batches: what the steps see, in turn.
     query_steps: after which steps the query loss counts, ascending. recompute: whether activations are computed again.
+    written: how the difference to the pool is written before the query loss, as it will be kept. Its rounding counts as
+    the identity in gradients (straight through; Bengio et al., 2013).
     """
 
     inner: Inner
@@ -47,10 +51,23 @@ class Lesson:
     query: Batch
     query_steps: Sequence[int]
     recompute: bool = False
+    written: RowFormat = field(default_factory=lambda: RowFormat("fp32"))
 
     def batch(self, at: int) -> Batch:
         """What the step after `at` others sees."""
         return self.batches[at % len(self.batches)]
+
+    def as_kept(self, rows: Rows) -> dict[str, Tensor]:
+        """The rows as they are read back, with the gradients of the rows themselves."""
+        if self.written.kind == "fp32":
+            return dict(rows)
+        ids, valid = self.inner.active.ids_ujk.int(), self.inner.active.valid_ujk
+        changed = {
+            name: Section(ids[:, j], valid[:, j], (row - self.copies[name]).detach())
+            for j, (name, row) in enumerate(rows.items())
+        }
+        read = quantise(changed, {"pool": self.written})
+        return {name: row + (self.copies[name] + read[name].rows_ukw - row).detach() for name, row in rows.items()}
 
 
 @dataclass(frozen=True)
@@ -137,7 +154,7 @@ def _query(lesson: Lesson, trail: Sequence[Stepped]) -> tuple[Tensor, Tensor]:
     """The query loss after the last step that counts (U,), and the sum over users of the mean over those steps."""
     losses = []
     for at in lesson.query_steps:
-        with lesson.inner.model.bound(trail[at].rows):
+        with lesson.inner.model.bound(lesson.as_kept(trail[at].rows)):
             losses.append(lesson.inner.model.loss(lesson.query))
     return losses[-1].detach(), torch.stack(losses).mean(0).sum()
 
@@ -169,14 +186,14 @@ def _maml_recomputed(lesson: Lesson) -> Outer:
     onto_fixed = _plus(onto_fixed, _plus(onto_now, slopes.get(0, []))[: len(start)])
     learned = [(t, onto) for t, onto in zip(fixed, onto_fixed, strict=True) if t.requires_grad]
     loss = torch.stack([(t * onto).sum() for t, onto in learned]).sum()
-    with torch.no_grad(), inner.model.bound(trail[lesson.query_steps[-1]].rows):
+    with torch.no_grad(), inner.model.bound(lesson.as_kept(trail[lesson.query_steps[-1]].rows)):
         query_loss_u = inner.model.loss(lesson.query)
     return Outer(_descent(loss, copies), support_loss_u, query_loss_u)
 
 
 def _query_slope(lesson: Lesson, at: Stepped) -> list[Tensor]:
     """The gradient of the query's part of the loss with respect to rows."""
-    _, gradients = row_gradients(lesson.inner.model, at.rows, lesson.query)
+    _, gradients = row_gradients(lesson.inner.model, lesson.as_kept(at.rows), lesson.query)
     return [gradient / len(lesson.query_steps) for gradient in gradients]
 
 

@@ -20,6 +20,7 @@ from federation import masks
 from federation.config import GateConfig, LocalConfig, MetaConfig
 from federation.data.population import Batch, Examples, Sequenced, side_by_side
 from federation.errors import PopulationError
+from federation.formats import RowFormat
 from federation.learner import ActiveUnits, Learner
 from federation.learning import Learning
 from federation.pool.model import PooledModel
@@ -185,6 +186,7 @@ def _train(
         data.query,
         meta.query_steps or (local.steps,),
         meta.recompute,
+        RowFormat(meta.written.rows, meta.written.top),
     )
     outer = SIGNALS[meta.signal](lesson)
     withheld_u = outer.withheld(data.query)

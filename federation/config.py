@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from federation.codec_config import CodecConfig as CodecConfig
 from federation.continual_config import ContinualConfig as ContinualConfig
 from federation.errors import ConfigError
 from federation.gate_config import EstimatorConfig as EstimatorConfig
@@ -67,13 +68,6 @@ class LocalConfig(Settings):
         if self.train == "alternate":
             return ("up",) if round_index % 2 else ("down",)
         return _FACTORS[self.train]
-
-
-class CodecConfig(Settings):
-    """How rows are written."""
-
-    rows: Literal["fp32", "fp16", "int8", "ternary"] = Field("fp32", description="format of the rows")
-    top: float = Field(1.0, gt=0, le=1, description="share of values kept (ternary)")
 
 
 class StrategyConfig(PluginConfig):
@@ -151,6 +145,29 @@ class CurvesConfig(Settings):
     shots: tuple[PositiveInt, ...] = Field((), description="numbers of support examples owned; all by default")
 
 
+class SequenceConfig(Settings):
+    """Users who meet one task after the other: what they keep, and what they can still learn."""
+
+    rules: tuple[str, ...] = Field(
+        (),
+        description="how users keep what they learned: names of personal.continual.rule, ewc:100 with a strength of "
+        "its own, meta: the learned update rule; [pool=name] for that federation's; empty leaves sequences out",
+    )
+    tasks: int | None = Field(None, ge=2, description="tasks that users meet; all that the population has by default")
+    users: int | None = Field(None, ge=2, description="the first so many of evaluate.users; all by default")
+    steps: PositiveInt = Field(20, description="steps on each task; the joint reference takes as many for each")
+    learning_rates: tuple[PositiveFloat, ...] = Field(
+        (3e-3, 1e-2), description="Adam rates to choose from, by ACC on the training users of evaluate.tuning_users"
+    )
+    strengths: tuple[PositiveFloat, ...] = Field(
+        (1.0, 10.0, 100.0), description="weights of a penalty to choose from, where the rule has no strength of its own"
+    )
+    examples: PositiveInt = Field(8, description="support examples per step")
+    quality: Literal["accuracy", "bits"] = Field(
+        "accuracy", description="what is measured; minus bits per character where the base tells no accuracy"
+    )
+
+
 class EvaluateConfig(Settings):
     """How new users are served and measured."""
 
@@ -159,6 +176,7 @@ class EvaluateConfig(Settings):
         (), description="pairs of methods (better, worse) that documents compare"
     )
     curves: CurvesConfig = CurvesConfig()
+    sequence: SequenceConfig = SequenceConfig()
     users: int = Field(96, ge=2, description="new users measured")
     tuning_users: PositiveInt = Field(16, description="training users on whose test part rates and steps are chosen")
     steps: tuple[PositiveInt, ...] = Field((20, 40), description="Adam steps to choose from")

@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
+from federation.codec_config import CodecConfig
 from federation.settings import Settings
 
 SignalName = Literal["delta", "reptile", "fomaml", "maml"]
@@ -43,6 +44,9 @@ class MetaConfig(Settings):
         (), description="numbers of steps after which the query loss counts; after all of them by default"
     )
     recompute: bool = Field(False, description="exact MAML keeps one step's activations, and computes them again")
+    written: CodecConfig = Field(
+        CodecConfig(), description="how users will keep their rows: what the query loss is measured with (fomaml, maml)"
+    )
     tasks: PositiveInt = Field(1, description="tasks of a user's sequence that a round adapts to, one after the other")
 
     @property

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from federation import masks
+from federation.base import BaseModel
 from federation.config import RunConfig
 from federation.data.population import Population, as_array
 from federation.errors import ConfigError, PopulationError
@@ -102,13 +103,9 @@ def check_methods(methods: Sequence[Method], population: Population, federations
     """Raises ConfigError when a method needs another population, or another pool: before anything is trained."""
     check_caches(methods, population)
     configs = {name: setup.config for name, setup in federations.items()}
-    base = next(iter(federations.values())).model.base
     for method in methods:
-        if (method.mask == "head" or method.neighbours) and base.head is None:
-            raise ConfigError(
-                f"the method {method.name!r} needs a base with a head that classifies, {base.name!r} has none; "
-                "leave it out of evaluate.methods"
-            )
+        if method.mask == "head" or method.neighbours:
+            _check_head(method, federations[MAIN].model.base)
         if method.mask not in (*TEACHERS, "informed"):
             continue
         if not isinstance(population, Teacher):
@@ -128,6 +125,14 @@ def check_methods(methods: Sequence[Method], population: Population, federations
                 f"best masks are of {known} units, the pool of {method.source!r} has {units}, in {method.name!r}; "
                 "give the pool the population's rank and modules, or leave the method out"
             )
+
+
+def _check_head(method: Method, base: BaseModel) -> None:
+    if base.head is None:
+        raise ConfigError(
+            f"the method {method.name!r} needs a base with a head that classifies, {base.name!r} has none; "
+            "leave it out of evaluate.methods"
+        )
 
 
 def _known_units(method: Method, population: Population, setup: Setup) -> int:

@@ -6,7 +6,7 @@ A run's own variants are tables of settings, as in
     name = "disarm"
 
 and two are built in: "shared" is one dense LoRA of rank k for everyone by federated averaging, a pool of k units that
-all users use; "random" is the same federation with random masks. Variants have as many client visits as the main
+all users use, of which each sends its plain difference; "random" is the same federation with random masks. Variants have as many client visits as the main
 federation, unless they say otherwise.
 """
 
@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from federation.config import PluginConfig, RunConfig
+from federation.config import MetaConfig, PluginConfig, RunConfig
 from federation.errors import ConfigError
 from federation.settings import Settings, parse
 
@@ -77,6 +77,7 @@ def _built_in(config: RunConfig) -> dict[str, dict[str, Any]]:
         SHARED: {
             "pool": {"rank": config.gate.budget, "start": "fresh"},
             "gate": {"policy": "all"},
+            "meta": MetaConfig().model_dump(),
             "strategy": {"name": "fedavg", "options": {}},
         },
         RANDOM: {"gate": {"policy": "random"}},
