@@ -117,25 +117,31 @@ def differences_of(record: Record, name: str) -> dict[str, Interval]:
 def claims_over_seeds(runs: Sequence[MeasuredRun], claims: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
     """By how much the first of each two methods is better, paired: users' losses are averaged over seeds first.
 
-    z: the difference in standard errors, clustered by group; None where there is no error to count in.
+    z: the difference in standard errors, clustered by group; None where there is no error to count in. quality: the
+    same of the run's quality, where that is not the loss.
     """
     groups_u = np.asarray(runs[0].users["groups"], dtype=np.int64)
     entries = []
     for better, worse in claims:
-        difference_su = np.stack([_gain(run, better) - _gain(run, worse) for run in runs])
-        difference_u = difference_su.mean(0)
-        interval, se = bootstrap(difference_u, groups_u), clustered_error(difference_u, groups_u)
-        figures = {"difference": interval.mean, "se": se, "low": interval.low, "high": interval.high}
-        entries.append(
-            {
-                "better": better,
-                "worse": worse,
-                **rounded(figures),
-                "z": round(interval.mean / se, 6) if se > 0 else None,
-                "seed_differences": [round(mean, 6) for mean in difference_su.mean(1).tolist()],
-            }
-        )
+        gain_su = np.stack([_gain(run, better) - _gain(run, worse) for run in runs])
+        entry = {"better": better, "worse": worse, **_paired_over_seeds(gain_su, groups_u)}
+        by_method = [run.users.get("quality", {}) for run in runs]
+        if all(better in quality and worse in quality for quality in by_method):
+            quality_su = np.stack([np.subtract(quality[better], quality[worse]) for quality in by_method])
+            entry["quality"] = _paired_over_seeds(quality_su, groups_u)
+        entries.append(entry)
     return entries
+
+
+def _paired_over_seeds(difference_su: Floats, groups_u: Groups) -> dict[str, Any]:
+    difference_u = difference_su.mean(0)
+    interval, se = bootstrap(difference_u, groups_u), clustered_error(difference_u, groups_u)
+    figures = {"difference": interval.mean, "se": se, "low": interval.low, "high": interval.high}
+    return {
+        **rounded(figures),
+        "z": round(interval.mean / se, 6) if se > 0 else None,
+        "seed_differences": [round(mean, 6) for mean in difference_su.mean(1).tolist()],
+    }
 
 
 def masks_over_seeds(runs: Sequence[MeasuredRun]) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 from pathlib import Path
@@ -51,9 +51,10 @@ def method_table(evaluation: Evaluation) -> dict[str, dict[str, float]]:
     return {r.method.name: _method_entry(r, base_u, evaluation.groups_u) for r in evaluation.results}
 
 
-def comparisons(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Every two methods of one run, compared by `paired`."""
-    return paired({r.method.name: r.loss_u for r in evaluation.results}, evaluation.groups_u)
+def comparisons(evaluation: Evaluation, left_out: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Every two methods of one run, compared by `paired`; all but those left out, such as the points of curves."""
+    losses = {r.method.name: r.loss_u for r in evaluation.results if r.method.name not in left_out}
+    return paired(losses, evaluation.groups_u)
 
 
 def paired(losses: Mapping[str, Floats], groups_u: Groups) -> list[dict[str, Any]]:
@@ -81,11 +82,15 @@ def rounded(figures: Mapping[str, float]) -> dict[str, float]:
 
 
 def users_table(evaluation: Evaluation) -> dict[str, Any]:
-    """Each simulated user's losses, for distributions: ids, groups, and bits per character by method."""
+    """Each simulated user's losses, for distributions: ids, groups, and bits per character by method; and the run's
+    quality, where that is another."""
     return {
         "ids": evaluation.user_ids.tolist(),
         "groups": evaluation.groups_u.tolist(),
         "loss": {r.method.name: np.round(r.loss_u, 6).tolist() for r in evaluation.results},
+        "quality": {
+            r.method.name: np.round(r.quality_u, 6).tolist() for r in evaluation.results if r.quality_u is not None
+        },
         "modules": list(evaluation.modules),
         "units_in_use": evaluation.masks[evaluation.usual].float().mean(0).tolist(),
     }
