@@ -114,7 +114,8 @@ class Learner:
 
 def learner_of(meta: MetaConfig, local: LocalConfig, model: PooledModel) -> Learner:
     """The learner that a configuration describes, for a model's pool and features."""
-    rule = rule_of(meta.rule, model.spec.modules, local.learning_rate, local.steps)
+    rate = meta.rule.learning_rate or local.learning_rate
+    rule = rule_of(meta.rule, model.spec.modules, rate, local.steps)
     return Learner(model.spec, rule, _network(meta.start, model))
 
 

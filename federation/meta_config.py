@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from federation.codec_config import CodecConfig
 from federation.settings import Settings
@@ -18,10 +18,13 @@ OUTER_GRADIENTS: tuple[SignalName, ...] = ("fomaml", "maml")
 
 
 class RuleConfig(Settings):
-    """U, by which users' rows step. It begins at local.learning_rate."""
+    """U, by which users' rows step."""
 
     name: RuleName = Field("sgd", description="sgd; rates: per unit and step, with decay and momentum; learned: an MLP")
-    bound: float = Field(16.0, gt=1, description="a learned rate is within this factor of local.learning_rate")
+    learning_rate: PositiveFloat | None = Field(
+        None, description="that it begins at, of a learned rule per entry; local.learning_rate by default"
+    )
+    bound: float = Field(16.0, gt=1, description="a learned rate is within this factor of where it begins")
     hidden: PositiveInt = Field(8, description="width of the learned rule's hidden layer")
 
 
