@@ -85,6 +85,10 @@ class Tuner(Protocol):
         """One step on. at: steps taken since `begin`."""
         ...
 
+    def lasting(self, now: Stepped, at: int) -> tuple[Rows, int]:
+        """What goes on into a user's next task, after `at` steps: of the memory, and of their count."""
+        ...
+
 
 @dataclass(frozen=True)
 class Adam:
@@ -115,6 +119,10 @@ class Adam:
             value.addcdiv_(m, (v / correction2).sqrt_().add_(self.epsilon), value=-rate / correction1)
         return now
 
+    def lasting(self, now: Stepped, at: int) -> tuple[Rows, int]:
+        """Nothing: each task begins anew."""
+        return {}, 0
+
 
 @dataclass(frozen=True)
 class ByRule:
@@ -128,6 +136,9 @@ class ByRule:
 
     def step(self, start: Rows, now: Stepped, gradients: Sequence[Tensor], at: int) -> Stepped:
         return self.rule.step(self.parameters, start, now, gradients, at)
+
+    def lasting(self, now: Stepped, at: int) -> tuple[Rows, int]:
+        return now.memory, at
 
 
 def tuned(

@@ -25,13 +25,14 @@ class TaskLimits(Settings):
     examples: PositiveInt = Field(4096, description="largest number of examples, of a step or to measure gains on")
     samples: PositiveInt = Field(256, description="largest gate.samples")
     evaluations: PositiveInt = Field(4096, description="mask evaluations and steps of a user's round together")
-    gate_width: PositiveInt = Field(1024, description="largest gate.hidden, gate.factors and gate.embedding")
+    gate_width: PositiveInt = Field(1024, description="largest width of the gate, and of what is meta-learned")
+    memory_kib: PositiveInt = Field(65_536, description="largest personal.continual.max_kib")
     estimators: tuple[str, ...] = Field(tuple(ESTIMATORS.builtin), description="that a task may name; ours by default")
     qualities: tuple[str, ...] = Field(tuple(QUALITIES.builtin), description="that a task may name; ours by default")
 
     def check(self, task: TaskConfig) -> None:
         """Raises NodeError for a task that sets more, or that names another plugin."""
-        local, personal, gate = task.local, task.personal, task.gate
+        local, personal, gate, meta = task.local, task.personal, task.gate, task.meta
         estimator, quality = gate.estimator, gate.reward.quality
         _check_name("gate.estimator.name", estimator.name, "estimators", self.estimators)
         _check_name("gate.reward.quality.name", quality.name, "qualities", self.qualities)
@@ -50,8 +51,17 @@ class TaskLimits(Settings):
         self._check("evaluations", {_EVALUATIONS: _evaluations(gate)})
         self._check(
             "gate_width",
-            {"gate.hidden": gate.hidden, "gate.factors": gate.factors, "gate.embedding": gate.embedding},
+            {
+                "gate.hidden": gate.hidden,
+                "gate.factors": gate.factors,
+                "gate.embedding": gate.embedding,
+                "meta.rule.hidden": meta.rule.hidden,
+                "meta.start.hidden": meta.start.hidden,
+                "meta.start.factors": meta.start.factors,
+                "meta.start.combinations": meta.start.combinations,
+            },
         )
+        self._check("memory_kib", {"personal.continual.max_kib": personal.continual.max_kib})
         self._check(
             "examples",
             {
@@ -60,6 +70,7 @@ class TaskLimits(Settings):
                 "local.query_examples": local.query_examples,
                 "personal.examples": personal.examples,
                 "personal.gain_examples": personal.gain_examples,
+                "personal.continual.examples": personal.continual.examples,
                 "gate.windows": max(gate.windows, default=0),
             },
         )

@@ -16,7 +16,9 @@ and those of f_init. Per-unit rates cost nearly nothing: with constant inner gra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,12 +28,13 @@ from client.inner import Inner
 from federation.data.population import Batch
 from federation.formats import RowFormat, quantise
 from federation.meta_config import SignalName
+from federation.pool.prefix import Prefix
 from federation.pool.spec import Rows
 from federation.rules import Parameters, Sgd, Stepped
 from federation.update import Section
 
 _RUNAWAY = 4.0
-"""An inner loop has diverged if it ends with so many times the loss that it began with, or 1 nat where that is more."""
+"""An inner loop diverged if it ends with so many times the query loss that it began with, or 1 nat if that is more."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,15 @@ class Lesson:
         """What the step after `at` others sees."""
         return self.batches[at % len(self.batches)]
 
+    def prefix(self, at: int) -> AbstractContextManager[None]:
+        """In which what is frozen below the adapters is computed once for each batch that steps see again."""
+        known = self._prefixes[at % len(self.batches)]
+        return known.remembered() if self.steps > len(self.batches) else nullcontext()
+
+    @cached_property
+    def _prefixes(self) -> list[Prefix]:
+        return [Prefix() for _ in self.batches]
+
     def as_kept(self, rows: Rows) -> dict[str, Tensor]:
         """The rows as they are read back, with the gradients of the rows themselves."""
         if self.written.kind == "fp32":
@@ -74,21 +86,23 @@ class Lesson:
 class Outer:
     """What U users send: (U, k, width) by section, directions of improvement.
 
-    support_loss_u: before the first step. query_loss_u: after the last that counts; None for signals without one.
+    support_loss_u: before the first step. query_loss_u: after the last that counts, and first_query_loss_u before the
+    first; None for signals without them.
     """
 
     directions: Mapping[str, Tensor]
     support_loss_u: Tensor
     query_loss_u: Tensor | None = None
+    first_query_loss_u: Tensor | None = None
 
     def withheld(self, query: Batch) -> Tensor:
         """(U,) bool, whose update would teach nothing: its inner loop diverged, or it has no query example."""
-        if self.query_loss_u is None:
+        if self.query_loss_u is None or self.first_query_loss_u is None:
             return torch.zeros_like(self.support_loss_u, dtype=torch.bool)
         finite_u = self.query_loss_u.isfinite()
         for direction in self.directions.values():
             finite_u = finite_u & direction.flatten(1).isfinite().all(1)
-        runaway_u = self.query_loss_u > _RUNAWAY * self.support_loss_u.clamp_min(1.0)
+        runaway_u = self.query_loss_u > _RUNAWAY * self.first_query_loss_u.clamp_min(1.0)
         return ~finite_u | runaway_u | (query.weight.sum(1) == 0)
 
 
@@ -111,7 +125,7 @@ def fomaml(lesson: Lesson) -> Outer:
     copies = _leaves(lesson.copies)
     trail, support_loss_u = _unrolled(lesson, copies, lesson.inner.first_order)
     query_loss_u, loss = _query(lesson, trail)
-    return Outer(_descent(loss, copies), support_loss_u, query_loss_u)
+    return Outer(_descent(loss, copies), support_loss_u, query_loss_u, _query_loss(lesson, trail[0]))
 
 
 def maml(lesson: Lesson) -> Outer:
@@ -122,7 +136,14 @@ def maml(lesson: Lesson) -> Outer:
     copies = _leaves(lesson.copies)
     trail, support_loss_u = _unrolled(lesson, copies, lesson.inner.second_order)
     query_loss_u, loss = _query(lesson, trail)
-    return Outer(_descent(loss, copies), support_loss_u, query_loss_u)
+    return Outer(_descent(loss, copies), support_loss_u, query_loss_u, _query_loss(lesson, trail[0]))
+
+
+def rested(lesson: Lesson) -> Outer:
+    """Of a round in which the pool rests: nothing moves."""
+    with torch.no_grad(), lesson.inner.model.bound(lesson.copies):
+        loss_u = lesson.inner.model.loss(lesson.batch(0))
+    return Outer({name: torch.zeros_like(copy) for name, copy in lesson.copies.items()}, loss_u)
 
 
 SIGNALS: Mapping[SignalName, Signal] = {"delta": delta, "reptile": reptile, "fomaml": fomaml, "maml": maml}
@@ -144,7 +165,8 @@ def _unrolled(lesson: Lesson, copies: Mapping[str, Tensor], step: Step) -> tuple
     start, parameters = inner.start(copies), inner.parameters(copies)
     trail, losses = [inner.learner.rule.begin(start)], []
     for at in range(lesson.steps):
-        now, loss_u = step(parameters, start, trail[-1], lesson.batch(at), at)
+        with lesson.prefix(at):
+            now, loss_u = step(parameters, start, trail[-1], lesson.batch(at), at)
         trail.append(now)
         losses.append(loss_u)
     return trail, losses[0]
@@ -159,12 +181,22 @@ def _query(lesson: Lesson, trail: Sequence[Stepped]) -> tuple[Tensor, Tensor]:
     return losses[-1].detach(), torch.stack(losses).mean(0).sum()
 
 
+@torch.no_grad()
+def _query_loss(lesson: Lesson, at: Stepped) -> Tensor:
+    """(U,): as `_query` measures it, without a gradient."""
+    with lesson.inner.model.bound(lesson.as_kept(at.rows)):
+        return lesson.inner.model.loss(lesson.query)
+
+
 def _leaves(tensors: Rows) -> dict[str, Tensor]:
     return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
 
 
 def _descent(loss: Tensor, copies: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Minus the gradient; zero for what the loss does not depend on."""
+    """Minus the gradient; zero for what the loss does not depend on.
+
+    That is why a step of second order must not run the fast forms: their gradients would count as constants, unsaid.
+    """
     gradients = torch.autograd.grad(loss, list(copies.values()), allow_unused=True, materialize_grads=True)
     return {name: -gradient for name, gradient in zip(copies, gradients, strict=True)}
 
@@ -175,7 +207,8 @@ def _maml_recomputed(lesson: Lesson) -> Outer:
     start, parameters = inner.start(copies), inner.parameters(copies)
     with torch.no_grad():
         trail, support_loss_u = _unrolled(lesson, lesson.copies, inner.first_order)
-    slopes = {at: _query_slope(lesson, trail[at]) for at in lesson.query_steps}
+    found = {at: _query_slope(lesson, trail[at]) for at in lesson.query_steps}
+    slopes = {at: slope for at, (_, slope) in found.items()}
     fixed = [*start.values(), parameters.units, parameters.shared]
     onto_now = [torch.zeros_like(t) for t in _tensors(trail[-1])]
     onto_fixed = [torch.zeros_like(t) for t in fixed]
@@ -186,15 +219,14 @@ def _maml_recomputed(lesson: Lesson) -> Outer:
     onto_fixed = _plus(onto_fixed, _plus(onto_now, slopes.get(0, []))[: len(start)])
     learned = [(t, onto) for t, onto in zip(fixed, onto_fixed, strict=True) if t.requires_grad]
     loss = torch.stack([(t * onto).sum() for t, onto in learned]).sum()
-    with torch.no_grad(), inner.model.bound(lesson.as_kept(trail[lesson.query_steps[-1]].rows)):
-        query_loss_u = inner.model.loss(lesson.query)
-    return Outer(_descent(loss, copies), support_loss_u, query_loss_u)
+    query_loss_u, _ = found[lesson.query_steps[-1]]
+    return Outer(_descent(loss, copies), support_loss_u, query_loss_u, _query_loss(lesson, trail[0]))
 
 
-def _query_slope(lesson: Lesson, at: Stepped) -> list[Tensor]:
-    """The gradient of the query's part of the loss with respect to rows."""
-    _, gradients = row_gradients(lesson.inner.model, lesson.as_kept(at.rows), lesson.query)
-    return [gradient / len(lesson.query_steps) for gradient in gradients]
+def _query_slope(lesson: Lesson, at: Stepped) -> tuple[Tensor, list[Tensor]]:
+    """The query loss (U,), and the gradient of its part of the whole with respect to rows."""
+    loss_u, gradients = row_gradients(lesson.inner.model, lesson.as_kept(at.rows), lesson.query)
+    return loss_u, [gradient / len(lesson.query_steps) for gradient in gradients]
 
 
 def _step_back(
@@ -203,7 +235,8 @@ def _step_back(
     """From gradients of what follows a step to those of what precedes it, and of what all steps depend on."""
     now, fixed = Stepped(_leaves(before.rows), _leaves(before.memory)), _leaves(start)
     units, shared = (t.detach().requires_grad_() for t in (parameters.units, parameters.shared))
-    after, _ = lesson.inner.second_order(Parameters(units, shared), fixed, now, lesson.batch(at), at)
+    with lesson.prefix(at):
+        after, _ = lesson.inner.second_order(Parameters(units, shared), fixed, now, lesson.batch(at), at)
     inputs = [*_tensors(now), *fixed.values(), units, shared]
     found = torch.autograd.grad(_tensors(after), inputs, onto_after, allow_unused=True, materialize_grads=True)
     preceding = len(_tensors(now))

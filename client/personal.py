@@ -82,9 +82,9 @@ def task_mask(task: Task, known: Known, user_ids: UserIds) -> Tensor:
 
 
 def tuning_of(task: Task, values: Values, known: Known, active: ActiveRows) -> Tuning:
-    """How a device tunes its users' rows: by the learned rule and from the learned start, if the task learns them."""
-    personal, meta = task.config.personal, task.config.meta
-    if meta.learns:
+    """How a device tunes its users' rows: by the steps that the pool was meta-trained for, if it was; else by Adam."""
+    personal = task.config.personal
+    if task.config.meta.adapts:
         return learned_tuning(task, values, known, active, personal.steps, personal.examples)
     return Tuning("rows", Adam(personal.learning_rate, personal.steps), personal.steps, personal.examples)
 

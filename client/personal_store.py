@@ -4,10 +4,13 @@ A user is one key. A forgotten user's value is empty; others are
 
     part     bytes  field
     key      8      user id, int64, big-endian
-    value    1      format version, 1
+    value    1      format version, 2
              1 + n  pool version that the values refer to: its length, its characters (ASCII)
+             4 + m  memory, as `client/continual/kept.py` writes it: its length, uint32, little-endian; its bytes
              ..     payload, as `encode_personal` of `federation/codec.py` writes it
              4      crc32 of the key and of the value before it, uint32, little-endian
+
+Format 1 had no memory. It is read as a user without one, and written as format 2 when the user is stored again.
 
 Damage is found when the environment is opened (`client/pages.py`) and when a value is read. LMDB leaves what was
 deleted in pages that are free until they are used again: it can be read from the disk for that long.
@@ -31,17 +34,23 @@ from client.environment import DAMAGE, make_environment, open_environment
 from federation.errors import StoreError
 from federation.streams import UserIds
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_WITHOUT_MEMORY = 1
 _FORGOTTEN = b""
+_LENGTH_BYTES = 4
 _CRC_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What one user keeps. version: of the pool that its payload refers to, ASCII of at most 255 characters."""
+    """What one user keeps. version: of the pool that its payload refers to, ASCII of at most 255 characters.
+
+    memory: what it remembers of its tasks, empty for one without any.
+    """
 
     version: str
     payload: bytes
+    memory: bytes = b""
 
 
 class PersonalStore:
@@ -169,7 +178,8 @@ def _version(value: memoryview) -> str:
 
 def _packed(user_id: int, kept: Kept) -> bytes:
     name = kept.version.encode("ascii")
-    body = bytes([FORMAT_VERSION, len(name)]) + name + kept.payload
+    memory = len(kept.memory).to_bytes(_LENGTH_BYTES, "little") + kept.memory
+    body = bytes([FORMAT_VERSION, len(name)]) + name + memory + kept.payload
     return body + crc32(_key(user_id) + body).to_bytes(_CRC_BYTES, "little")
 
 
@@ -179,10 +189,14 @@ def _unpacked(user_id: int, value: bytes) -> Kept:
         raise StoreError(
             f"the personal values of user {user_id} ({len(value)} bytes) fail their checksum; personalise it again"
         )
-    if body[0] != FORMAT_VERSION:
+    if body[0] not in (_WITHOUT_MEMORY, FORMAT_VERSION):
         raise StoreError(
-            f"personal values of user {user_id} are of format {body[0]}, this fedquilt reads {FORMAT_VERSION}; use the "
-            "release that wrote them, or personalise the user again"
+            f"personal values of user {user_id} are of format {body[0]}, this fedquilt reads up to {FORMAT_VERSION}; "
+            "use the release that wrote them, or personalise the user again"
         )
     end = 2 + body[1]
-    return Kept(body[2:end].decode("ascii"), body[end:])
+    version, rest = body[2:end].decode("ascii"), body[end:]
+    if body[0] == _WITHOUT_MEMORY:
+        return Kept(version, rest)
+    end = _LENGTH_BYTES + int.from_bytes(rest[:_LENGTH_BYTES], "little")
+    return Kept(version, rest[end:], rest[_LENGTH_BYTES:end])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from client.gate_round import UserDraws, dense_sections, draw, estimate, moved, off_target, propose, rebuilt
 from client.inner import Inner
-from client.meta import SIGNALS, Lesson
+from client.meta import SIGNALS, Lesson, rested
 from client.policies import Known, Signals, policy_masks
 from client.rewards import Adaptation, MaskReward
 from client.state import UserBlock
@@ -61,7 +61,8 @@ class RoundData:
 def round_data(examples: Examples, user_ids: UserIds, rule: LocalRule, streams: Streams) -> RoundData:
     """Draws a round's examples. `streams` is the round's.
 
-    Of several tasks (`meta.tasks`), the steps see one after the other, and the query part is of all of them.
+    Of several tasks (`meta.tasks`), the steps see one after the other, and the query part is of all. A policy is
+    told of the first examples, as of a user who begins.
     Raises PopulationError where users have no such sequence.
     """
     local, tasks = rule.local, rule.meta.tasks
@@ -188,7 +189,7 @@ def _train(
         meta.recompute,
         RowFormat(meta.written.rows, meta.written.top),
     )
-    outer = SIGNALS[meta.signal](lesson)
+    outer = rested(lesson) if rests else SIGNALS[meta.signal](lesson)
     withheld_u = outer.withheld(data.query)
     metrics = {"support_loss": outer.support_loss_u}
     if outer.query_loss_u is not None:

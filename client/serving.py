@@ -1,8 +1,10 @@
 """A personal model for each of a node's users, from the release in service; `writing.py` has them write.
 
 Rows that a user tuned are kept as a difference to the release that they were tuned on, which the node keeps for as
-long. A user without any is served by the mask that the release's policy proposes; before the first release, everyone
-is served by the base. All calls may be made from several threads, and beside a training.
+long. Personalising a user again begins anew, or, where the task has a continual rule, is the next task of its course,
+on the release that the course began on. A user without any values is served by the mask that the release's policy
+proposes; before the first release, everyone is served by the base. All calls may be made from several threads, and
+beside a training.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from client.continual.device import course_on, goes_on, next_task
 from client.node import Node
 from client.personal import (
+    ActiveRows,
     active_rows,
     personal_schema,
     personal_sections,
@@ -30,12 +34,13 @@ from client.personal import (
     tuning_of,
 )
 from client.personal_store import Kept
+from client.policies import Known
 from client.task import Task, row_format
 from federation.codec import decode_personal, encode_personal
 from federation.devices import making_tensors_on
 from federation.errors import CodecError, NodeError, StoreError
 from federation.pool.model import PooledModel
-from federation.pool.spec import PoolSpec
+from federation.pool.spec import PoolSpec, Rows
 from federation.streams import UserIds
 from federation.update import Section, Values
 
@@ -107,9 +112,11 @@ class Serving:
         self._awaited: Counter[str] = Counter()
 
     def personalize(self, user: str) -> Personalised:
-        """Tunes the user's rows on its support part, and keeps them.
+        """Tunes the user's rows on its support part, and keeps them, and what it is to remember.
 
-        Raises NodeError before the first release, and when the tuning diverged: then nothing is kept.
+        Raises NodeError before the first release, when the tuning diverged, and for a course on another release;
+        StoreError for a course by another rule; ConfigError for a continual rule that cannot be. Then the user has
+        what it had. Only a course that is damaged begins anew.
         """
         user_id, version = self._node.user_id(user), self._release()
         with self._pinned(version):
@@ -132,6 +139,17 @@ class Serving:
         mask_ug = self._proposed(user_id, version, task, values)
         return PersonalModel(task.model, active_rows(values, task.model.spec, mask_ug).rows)
 
+    def begin_anew(self, user: str) -> None:
+        """Has the user's next personalisation begin a course. Its values stay; what it remembers of its tasks is gone.
+
+        Raises StoreError when its values are damaged; personalising it begins anew then.
+        """
+        user_id = self._node.user_id(user)
+        with self._keeping:
+            kept = self._node.personal.get(user_id)
+            if kept is not None:
+                self._node.personal.put(user_id, replace(kept, memory=b""))
+
     def forget(self, user: str) -> Forgotten:
         """Removes what the node made of the user's data, and leaves the user out of all that it does from now on.
 
@@ -149,7 +167,8 @@ class Serving:
         """Moves the values of one user, or of all, to another release, for those whom it serves as well.
 
         A user's difference is added to the rows of that release instead. It moves if its loss on the user's query part,
-        in nats per target, is then at most `margin` higher; else the user stays as it is.
+        in nats per target, is then at most `margin` higher; else the user stays as it is. Its course moves with it:
+        so do the rows that it remembers, not their importance.
 
         Raises NodeError for a version that is not kept, or a user without values; StoreError for damaged ones.
         """
@@ -181,22 +200,50 @@ class Serving:
 
     def _personalize(self, user: str, user_id: int, version: str) -> Personalised:
         task, values = self._node.loaded(version)
-        ids, spec = _one(user_id), task.model.spec
+        ids = _one(user_id)
         with making_tensors_on(self._node.device):
             known = task_known(task, values, self._node, ids)
-            active = active_rows(values, spec, task_mask(task, known, ids))
-            personal = personal_values(task, active, tuning_of(task, values, known, active), self._node, ids)
-        kept = Kept(version, _encoded(task, personal_sections(active, personal), version))
+            if goes_on(task.config):
+                active, personal, memory = self._next_task(user, user_id, version, known)
+            else:
+                active = active_rows(values, task.model.spec, task_mask(task, known, ids))
+                personal = personal_values(task, active, tuning_of(task, values, known, active), self._node, ids)
+                memory = b""
+        kept = Kept(version, _encoded(task, personal_sections(active, personal), version), memory)
         before = self._query_loss(task, active.rows, ids)
         after = self._query_loss(task, _decoded(user, task, values, kept), ids)
         if not math.isfinite(after):
-            raise NodeError(
-                "failed",
-                f"tuned rows give a finite loss, user {user!r} got {after}; the federation's personal.learning_rate "
-                f"({task.config.personal.learning_rate}) is too high: lower it. What the user had is as it was",
-            )
+            raise _diverged(user, task, after)
         self._keep(user_id, kept)
         return Personalised(version, task.config.personal.steps, len(kept.payload), before, after)
+
+    def _next_task(self, user: str, user_id: int, version: str, known: Known) -> tuple[ActiveRows, Rows, bytes]:
+        """A user's rows in the pool, what it keeps of them after the next task of its course, and the course then."""
+        task, values = self._node.loaded(version)
+        earlier, memory = self._earlier(user, user_id, version)
+        try:
+            active, course = next_task(task, values, known, earlier, memory, self._node, _one(user_id), version)
+        except StoreError as error:
+            raise StoreError(f"the course of user {user!r} cannot go on: {error}; have it begin anew") from error
+        if course.standing.diverged_u.any():
+            raise _diverged(user, task, math.nan)
+        return active, {name: row - active.rows[name] for name, row in course.standing.rows.items()}, course.to_bytes()
+
+    def _earlier(self, user: str, user_id: int, version: str) -> tuple[Mapping[str, Section], bytes]:
+        """What a user keeps, and its course; nothing for one that begins, since there was none or it is damaged."""
+        try:
+            kept = self._node.personal.get(user_id)
+            if kept is None or not kept.memory:
+                return {}, b""
+            if kept.version == version:
+                return _sections(user, self._node.loaded(version)[0], kept), kept.memory
+        except StoreError:
+            return {}, b""
+        raise NodeError(
+            "failed",
+            f"user {user!r} is in a course on the release {kept.version}, this node serves {version} now; rebase the "
+            "user, so that the course goes on there, or have it begin anew",
+        )
 
     def _release(self) -> str:
         if not self._node.release:
@@ -272,12 +319,18 @@ class Serving:
         if kept.version == version or task.model.spec != newer.model.spec:
             return False
         ids = _one(user_id)
-        rebased = Kept(version, _encoded(newer, _sections(user, task, kept), version))
+        sections = _sections(user, task, kept)
+        rebased = Kept(version, _encoded(newer, sections, version))
         before = self._query_loss(task, _decoded(user, task, values, kept), ids)
         after = self._query_loss(newer, _decoded(user, newer, newer_values, rebased), ids)
         if not after <= before + margin:
             return False
-        self._keep(user_id, rebased)
+        try:
+            with making_tensors_on(self._node.device):
+                memory = course_on(kept.memory, task.model.spec, sections, values, newer_values, version)
+        except StoreError as error:
+            raise StoreError(f"the course of user {user!r} cannot move: {error}; have it begin anew") from error
+        self._keep(user_id, replace(rebased, memory=memory))
         return True
 
     def _query_loss(self, task: Task, rows: Mapping[str, Tensor], ids: UserIds) -> float:
@@ -289,6 +342,14 @@ class Serving:
 
 def _one(user_id: int) -> UserIds:
     return np.array([user_id], dtype=np.int64)
+
+
+def _diverged(user: str, task: Task, loss: float) -> NodeError:
+    return NodeError(
+        "failed",
+        f"tuned rows give a finite loss, user {user!r} got {loss}; the federation's personal.learning_rate "
+        f"({task.config.personal.learning_rate}) is too high: lower it. What the user had is as it was",
+    )
 
 
 def _encoded(task: Task, sections: Mapping[str, Section], version: str) -> bytes:

@@ -160,7 +160,7 @@ class SequenceConfig(Settings):
         (3e-3, 1e-2), description="Adam rates to choose from, by ACC on the training users of evaluate.tuning_users"
     )
     strengths: tuple[PositiveFloat, ...] = Field(
-        (1.0, 10.0, 100.0), description="weights of a penalty to choose from, where the rule has no strength of its own"
+        (1.0, 30.0, 1000.0), description="weights of a penalty to choose from, where the rule names none"
     )
     examples: PositiveInt = Field(8, description="support examples per step")
     quality: Literal["accuracy", "bits"] = Field(
@@ -225,6 +225,15 @@ class TaskConfig(Settings):
     meta: MetaConfig = MetaConfig()
     codec: CodecConfig = CodecConfig()
     personal: PersonalConfig = PersonalConfig()
+
+    @model_validator(mode="after")
+    def _a_rule_learns_of_the_steps_that_serve(self) -> Self:
+        if self.meta.learns and self.local.train != "both":
+            raise ValueError(
+                "a rule and a start are learned for steps of both factors, as users are served, got local.train = "
+                f"{self.local.train!r}; set it to 'both', or meta.rule.name = 'sgd' and meta.start.name = 'pool'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _the_query_is_met_within_the_steps(self) -> Self:

@@ -5,7 +5,7 @@ Balazy et al., 2024):
 
     C_u = M_u (diag(a_u) + sum_q c_uq l_q r_q^T) M_u,    M_u = diag(mask)
 
-a_u: a scale for each unit, 2 sigmoid(bias_g + e_g . W h(u)), within (0, 2), with the factors e_g = a_j * b_r, so that
+a_u: a scale for each unit, 2 sigmoid(bias_g + e_g . W h(u)), within [0, 2], with the factors e_g = a_j * b_r, so that
 the number of parameters hardly grows with the pool. c_u: how much of each of Q learned combinations of units. h(u)
 sees the mean features of the user's examples; without context there is one start for all users. A mask alone is
 the special case C_u = M_u, and takes the same path (`starting_rows`).
@@ -27,7 +27,7 @@ from federation.pool.spec import ModuleSpec, Rows
 
 def cores_of_mask(valid_ujk: Tensor) -> Tensor:
     """The cores of a mask alone, 0 or 1 on the diagonal: (U, J, k) bool -> (U, J, k, k)."""
-    return torch.diag_embed(valid_ujk.float())
+    return torch.diag_embed(valid_ujk.to(torch.get_default_dtype()))
 
 
 def starting_rows(rows: Rows, cores_ujkk: Tensor, modules: Sequence[ModuleSpec]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -53,13 +54,18 @@ class MetaConfig(Settings):
     tasks: PositiveInt = Field(1, description="tasks of a user's sequence that a round adapts to, one after the other")
 
     @property
+    def adapts(self) -> bool:
+        """Whether users are served by the steps that the pool was trained for."""
+        return self.signal in OUTER_GRADIENTS
+
+    @property
     def learns(self) -> bool:
         """Whether there is a rule or a start to learn besides the pool."""
         return self.rule.name != "sgd" or self.start.name != "pool"
 
     @model_validator(mode="after")
     def _what_is_learned_has_a_teacher(self) -> Self:
-        if self.learns and self.signal not in OUTER_GRADIENTS:
+        if self.learns and not self.adapts:
             raise ValueError(
                 f"a rule or a start learns from the gradient of a query loss, got signal = {self.signal!r} with rule = "
                 f"{self.rule.name!r} and start = {self.start.name!r}; set signal = 'fomaml' or 'maml', or rule = 'sgd' "
@@ -78,13 +84,13 @@ class MetaConfig(Settings):
 
     @model_validator(mode="after")
     def _query_steps_are_of_outer_gradients(self) -> Self:
-        if self.query_steps and self.signal not in OUTER_GRADIENTS:
+        if self.query_steps and not self.adapts:
             raise ValueError(
                 f"query_steps are of signals with a query loss, got {self.query_steps} with signal = {self.signal!r}; "
                 "leave them out, or set signal = 'fomaml' or 'maml'"
             )
-        if any(step < 0 for step in self.query_steps) or len(set(self.query_steps)) < len(self.query_steps):
-            raise ValueError(f"query_steps are different numbers from 0, got {self.query_steps}; correct them")
+        if any(a >= b for a, b in pairwise((-1, *self.query_steps))):
+            raise ValueError(f"query_steps are numbers from 0, ascending, got {self.query_steps}; correct them")
         if self.recompute and self.signal != "maml":
             raise ValueError(
                 f"only exact MAML keeps activations of many steps, got recompute with signal = {self.signal!r}; drop it"

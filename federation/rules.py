@@ -137,6 +137,7 @@ class Rates:
 
 
 _INPUTS = 5
+_STILL = 2e-12
 _ADDED = 2.0
 """Most that the MLP adds to an entry whose root mean square is 1."""
 
@@ -169,11 +170,12 @@ class Learned(Rates):
             name, constant = module.section, gradient.detach()
             velocity[name] = momentum * now.memory[name] + constant
             scaled, size = _scaled(constant, module)
-            along, _ = _scaled(velocity[name], module)
+            along, speed = _scaled(velocity[name], module)
             away = _away(now.rows[name].detach(), start[name].detach(), module)
             taken = torch.full_like(scaled, min(at / self.steps, 2.0))
             inputs = torch.stack((scaled, along.detach(), size.clamp_min(1e-12).log() / 10.0, away, taken), -1)
-            direction[name] = along + self._corrections(parameters.shared, inputs)
+            moves = speed > _STILL  # else padding, or a factor that is not trained
+            direction[name] = along + moves * self._corrections(parameters.shared, inputs)
         return Stepped(self._moved(parameters, start, now.rows, direction, at), velocity)
 
     def _corrections(self, shared_up: Tensor, inputs: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ import torch
 from federation.config import GateConfig, TaskConfig
 from federation.gate import GateSpec
 from federation.learner import Learner
-from federation.meta_config import OUTER_GRADIENTS
 from federation.pool.model import PooledModel
 from federation.streams import Streams
 from federation.update import Schema, SectionSpec, Values
@@ -58,7 +57,7 @@ def metric_names(config: TaskConfig, round_index: int) -> tuple[str, ...]:
     whose inner loop taught something; withheld: 1 for the others, whose query_loss is the loss before the steps.
     """
     gate = config.gate
-    taught = ("query_loss", "withheld") if config.meta.signal in OUTER_GRADIENTS else ()
+    taught = ("query_loss", "withheld") if config.meta.adapts and not gate.rests(round_index) else ()
     chosen = ("gate_entropy",) if gate.chooses(round_index) else ()
     learned = ("reward", "reward_spread") if gate.learns(round_index) else ()
     return ("support_loss", "active_share", *chosen, *learned, *taught)

@@ -6,7 +6,7 @@ better: accuracies, or bits with a minus. Every figure is one number of each use
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,8 +65,13 @@ METRICS: Mapping[str, Words] = {
         "How much better learning all tasks at once does on a task than learning it in its turn did: above zero, the "
         "sequence made the task harder to learn.",
     ),
+    "steps_to_target": Words(
+        "Steps to target",
+        "Steps on a task until it is at nine tenths of what learning it alone gains; a task that does not get there "
+        "counts all its steps.",
+    ),
 }
-"""The figures of `continual_metrics`, in the order of tables."""
+"""What is measured of a rule, in the order of tables."""
 
 REFERENCES: Mapping[str, Words] = {
     "before": Words("Before", "Nothing adapted: where every user starts."),
@@ -77,7 +82,7 @@ REFERENCES: Mapping[str, Words] = {
 
 
 def continual_metrics(r_uti: Floats, references: References) -> dict[str, Floats]:
-    """Every figure of `METRICS`, by user: (U,) each."""
+    """Every figure of `METRICS` that the matrix alone decides, by user: (U,) each."""
     return {
         "acc": final_accuracy(r_uti),
         "bwt": backward_transfer(r_uti),
@@ -123,13 +128,19 @@ def learned(r_uti: Floats) -> Floats:
     return r_uti.diagonal(0, 1, 2)
 
 
-def steps_to_target(quality_us: Floats, target_u: Floats) -> Floats:
-    """After how many steps a user first reaches its target, (U,); infinity where it never does.
+TARGET_SHARE = 0.9
+"""Of what learning a task alone gains over the start: the quality that `steps_to_target` counts to."""
 
-    quality_us: (U, S + 1), before the first step and after each.
+
+def steps_to_target(quality_uis: Floats, steps_s: Sequence[int], references: References) -> Floats:
+    """The steps after which a user first has `TARGET_SHARE` of each task, (U, N); infinity where it never does.
+
+    quality_uis: (U, N, S), of each task while it is learned, after so many steps (S,), ascending.
     """
-    reached_us = quality_us >= target_u[:, None]
-    return np.where(reached_us.any(1), reached_us.argmax(1).astype(np.float64), np.inf)
+    target_ui = references.before_ui + TARGET_SHARE * (references.alone_ui - references.before_ui)
+    reached_uis = quality_uis >= target_ui[..., None]
+    first_ui = np.asarray(steps_s, dtype=np.float64)[reached_uis.argmax(2)]
+    return np.where(reached_uis.any(2), first_ui, np.inf)
 
 
 def _mean(values_ui: Floats) -> Floats:

@@ -9,12 +9,20 @@ A document marks what is rendered, and a test holds it equal to its source:
     <!-- types: simulations/results/gate-late.json -->   a sweep's masks by type of user
     <!-- gate: simulations/results/gate-late.json -->    a sweep's federations: their gates and how they ended
     <!-- curve: simulations/results/gate-price.json -->  a sweep's masks: quality against sparsity
+    <!-- shots: simulations/results/meta-digits.json -->    few-shot curves of a run or a sweep, as a table
+    <!-- shots_plot: simulations/results/meta-digits.json -->  the same as a plot beside the document
+    <!-- continual: simulations/results/meta-continual.json -->  rules that keep what users learned, in a run or a sweep
+    <!-- continual_claims: simulations/results/meta-continual.json -->  paired differences of rules, over seeds
+    <!-- tasks_plot: simulations/results/meta-continual.json -->  what users had of every task after each, as a plot
+    <!-- words: continual -->                             what is measured of rules, in words
     <!-- variance: simulations/results/gate.json -->     the variance of estimators (`fedquilt bench gate`)
     <!-- bench: simulations/results/pipeline.json -->     a benchmark's figures; of several, joined by +, side by side
     <!-- scale: simulations/results/million.json -->      time, memory and disk of a run
     <!-- source: tests/plugins/installed/sign_mean.py -->  a file, as a block of code
-    <!-- settings: deployment -->                        a section of `RunConfig`: its settings, defaults and meaning
+    <!-- settings: deployment -->                        a section of `RunConfig`, or one within (personal.continual)
     <!-- end -->
+
+Plots are files in `docs/plots`, for documents in `docs`.
 """
 
 from __future__ import annotations
@@ -22,16 +30,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from federation.config import RunConfig
 from federation.settings import Settings
-from simulations import sweep_tables, tables
+from simulations import continual_tables, curves, meta_sections, svg, sweep_tables, tables
 from simulations.benchmarks.figures import figures
 
 HOUSE = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/deploy.md", "docs/gate.md", "docs/results.md", "docs/speed.md")
+DOCUMENTS = ("README.md", "docs/deploy.md", "docs/gate.md", "docs/meta.md", "docs/results.md", "docs/speed.md")
+PLOTS = HOUSE / "docs" / "plots"
 _BLOCK = re.compile(r"<!-- (\w+): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 Record = dict[str, Any]
 
@@ -41,10 +52,24 @@ def rendered(text: str) -> str:
     return _BLOCK.sub(_render, text)
 
 
+def plots_of(text: str) -> dict[Path, str]:
+    """The plots that a document shows: the SVG of every file."""
+    shown = [match.groups() for match in _BLOCK.finditer(text)]
+    return {
+        _plot_path(kind, source): _PLOTS[kind].drawn(json.loads((HOUSE / source).read_text()))
+        for kind, source in shown
+        if kind in _PLOTS
+    }
+
+
 def _render(match: re.Match[str]) -> str:
     kind, source = match.groups()
-    if kind == "settings":
-        return f"<!-- {kind}: {source} -->\n{_settings(source)}\n<!-- end -->"
+    if kind in _OF_THE_CODE:
+        return f"<!-- {kind}: {source} -->\n{_OF_THE_CODE[kind](source)}\n<!-- end -->"
+    if kind in _PLOTS:
+        image = f"![{_PLOTS[kind].words}](plots/{_plot_path(kind, source).name})"
+        caption = _PLOTS[kind].caption(json.loads((HOUSE / source).read_text()))
+        return f"<!-- {kind}: {source} -->\n{image}\n\n{caption}\n\nRecord: `{source}`.\n<!-- end -->"
     texts = [(HOUSE / path).read_text() for path in source.split("+")]
     if kind == "source":
         body = f"```python\n{texts[0].strip()}\n```"
@@ -70,6 +95,42 @@ def _masks(record: Record) -> str:
         return _markdown(*sweep_tables.masks(_only_variant(record)))
     rows = [(rule, f"{q['f1']:.3f}", f"{q['f1_of_type']:.3f}") for rule, q in record["masks"].items()]
     return _markdown(("mask", "F1 against the user's best", "F1 against its type's habit"), rows)
+
+
+def _shots(record: Record) -> str:
+    found = _few_shots(record)
+    return _markdown(*curves.table(found)) + f"\n\nMean {found.unit} over new users."
+
+
+def _few_shots(record: Record) -> curves.FewShots:
+    """Of a sweep, or of one run."""
+    sweep = record["kind"] == "sweep"
+    found = curves.curves_of_summary(_only_variant(record)) if sweep else curves.curves_of_record(record)
+    assert found is not None, "the record holds no method after two numbers of steps"
+    return found
+
+
+def _continual(record: Record) -> str:
+    """Of a sweep, or of one run."""
+    if record["kind"] == "sweep":
+        return _markdown(*sweep_tables.continual(_only_variant(record)))
+    return tables.markdown(continual_tables.rules_table(record["continual"])).strip()
+
+
+def _matrices(record: Record) -> continual_tables.Continual:
+    found: continual_tables.Continual = (_only_variant(record) if record["kind"] == "sweep" else record)["continual"]
+    return found
+
+
+def _words(kind: str) -> str:
+    """Of all that is measured of this kind."""
+    assert kind == "continual", kind
+    lines = [f"- **{label}.** {meaning}" for label, meaning in continual_tables.words_of_metrics()]
+    return "\n".join(lines)
+
+
+def _plot_path(kind: str, source: str) -> Path:
+    return PLOTS / f"{Path(source).stem}-{kind.removesuffix('_plot')}.svg"
 
 
 def _of_variant(rows_of: Callable[[Record], sweep_tables.Drawn]) -> Callable[[Record], str]:
@@ -99,7 +160,9 @@ def _figures(records: Sequence[Record], kind: str) -> str:
 
 
 def _settings(section: str) -> str:
-    return _markdown(("setting", "default", "meaning"), list(_settings_rows(getattr(RunConfig(), section), "")))
+    return _markdown(
+        ("setting", "default", "meaning"), list(_settings_rows(reduce(getattr, section.split("."), RunConfig()), ""))
+    )
 
 
 def _settings_rows(settings: Settings, prefix: str) -> Iterator[tuple[str, str, str]]:
@@ -144,17 +207,50 @@ _KINDS: dict[str, Callable[..., str]] = {
     "types": _of_variant(sweep_tables.types),
     "gate": _of_variant(sweep_tables.gates),
     "curve": _of_variant(sweep_tables.curve),
+    "shots": _shots,
+    "continual": _continual,
+    "continual_claims": _of_variant(sweep_tables.continual_claims),
     "variance": _variance,
     "bench": _bench,
     "scale": _scale,
 }
 
 
+_OF_THE_CODE: dict[str, Callable[[str], str]] = {"settings": _settings, "words": _words}
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """words: what the image shows, for who cannot see it. Of a record, drawn: the SVG, caption: how to read it."""
+
+    words: str
+    drawn: Callable[[Record], str]
+    caption: Callable[[Record], str]
+
+
+_PLOTS: dict[str, _Plot] = {
+    "shots_plot": _Plot(
+        "Quality after few steps, by method and number of examples owned",
+        lambda record: svg.few_shot_curves(_few_shots(record)),
+        lambda record: meta_sections.shots_caption(_few_shots(record)),
+    ),
+    "tasks_plot": _Plot(
+        "Quality on every task after each task was learned, by rule",
+        lambda record: svg.task_matrices(_matrices(record)),
+        lambda record: meta_sections.tasks_caption(_matrices(record)),
+    ),
+}
+
+
 def main() -> None:
-    """Writes every document anew."""
+    """Writes every document and its plots anew."""
     for name in DOCUMENTS:
         path = HOUSE / name
-        path.write_text(rendered(path.read_text()))
+        text = rendered(path.read_text())
+        path.write_text(text)
+        for plot, drawn in plots_of(text).items():
+            plot.parent.mkdir(exist_ok=True)
+            plot.write_text(drawn)
 
 
 if __name__ == "__main__":

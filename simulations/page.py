@@ -37,10 +37,11 @@ code, pre { font-family: ui-monospace, monospace; font-size: .9em; }
 .cards dd { margin: 0; font-size: 1.5rem; font-weight: 650; letter-spacing: -.02em; }
 .cards dt { color: var(--soft); font-size: .85rem; line-height: 1.35; }
 .scroll { overflow-x: auto; }
+.scroll > svg { max-width: max(100%, 46rem); height: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th:first-child { text-align: left; }
-thead th { color: var(--soft); font-weight: 600; font-size: .8rem; }
+thead th { color: var(--soft); font-weight: 600; font-size: .8rem; white-space: normal; vertical-align: bottom; }
 tbody th { font-weight: 400; }
 tbody small { display: block; color: var(--soft); font-size: .78rem; white-space: normal; min-width: 10rem; }
 .best td, .best code { font-weight: 700; color: var(--accent); }
@@ -100,6 +101,12 @@ def figure(drawn: go.Figure, name: str, caption: str) -> str:
     """A plot with the sentence that says how to read it. `name` is unique on the page."""
     config = {"displayModeBar": False, "responsive": True}
     plot = drawn.to_html(full_html=False, include_plotlyjs=False, div_id=f"plot-{name}", config=config)
+    return f'<figure aria-label="{escape(caption)}">{plot}<figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def drawing(svg: str, caption: str) -> str:
+    """A plot that is SVG already, with the sentence that says how to read it."""
+    plot = f'<div class="scroll" tabindex="0">{svg}</div>'
     return f'<figure aria-label="{escape(caption)}">{plot}<figcaption>{escape(caption)}</figcaption></figure>'
 
 

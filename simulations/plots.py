@@ -18,16 +18,42 @@ from simulations.comparison import Setting, differences_of
 from simulations.statistics import Floats, Interval
 from simulations.tables import REFERENCE, Record, base_name, has_cache, unit_of
 
-DSA, DENSE, SHARED, MASKS, CACHE = (
+DSA, META, DENSE, SHARED, MASKS, CACHE, CONTROLS = (
     "sparse from the pool",
+    "meta-learned",
     "a LoRA each",
     "shared LoRA",
     "other masks",
     "with cache",
+    "without a pool",
 )
-COLOURS = {DSA: "#0072b2", DENSE: "#d55e00", SHARED: "#009e73", MASKS: "#cc79a7", CACHE: "#e69f00"}
-SYMBOLS = {DSA: "circle", DENSE: "square", SHARED: "diamond", MASKS: "x", CACHE: "star"}
-_LABELS = {DSA: "top left", DENSE: "bottom center", SHARED: "top left", MASKS: "top left", CACHE: "top left"}
+COLOURS = {
+    DSA: "#0072b2",
+    META: "#56b4e9",
+    DENSE: "#d55e00",
+    SHARED: "#009e73",
+    MASKS: "#cc79a7",
+    CACHE: "#e69f00",
+    CONTROLS: "#999999",
+}
+SYMBOLS = {
+    DSA: "circle",
+    META: "triangle-up",
+    DENSE: "square",
+    SHARED: "diamond",
+    MASKS: "x",
+    CACHE: "star",
+    CONTROLS: "cross",
+}
+_LABELS = dict.fromkeys(COLOURS, "top left") | {DENSE: "bottom center"}
+_FAMILIES = {
+    "dsa": DSA,
+    **dict.fromkeys(("melpa", "maml", "fomaml", "reptile"), META),
+    "dense": DENSE,
+    "shared": SHARED,
+    **dict.fromkeys(("head", "neighbours"), CONTROLS),
+}
+"""By the first word of a method's name."""
 _ORDERED = tuple(COLOURS.values())
 _GREY = "#888888"
 _MOST_DOTS = 400
@@ -37,8 +63,7 @@ def family(name: str) -> str:
     """The methods that are drawn alike."""
     if has_cache(name):
         return CACHE
-    prefixes = {"dsa": DSA, "dense": DENSE, "shared": SHARED}
-    return prefixes.get(base_name(name).partition("_")[0], MASKS)
+    return _FAMILIES.get(base_name(name).partition("_")[0], MASKS)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 
 from federation.errors import RunError
 from federation.files import write_file
-from simulations import page, plots, tables
+from federation.meta_config import OUTER_GRADIENTS
+from simulations import curves, meta_sections, page, plots, tables
 from simulations.comparison import MeasuredRun, Setting, compare, comparison_table, differences_of
 from simulations.record import USERS_NAME, read_record
 from simulations.tables import DENSE, REFERENCE, Record, headroom, percent, unit_of, with_error
@@ -29,10 +30,13 @@ def write_report(run_folder: Path) -> Path:
     """
     record, users = read_record(run_folder), _read_users(run_folder)
     title = f"fedquilt: {record.get('name', run_folder.name)}"
+    rows = tables.without_curves(record)
     parts = (
         _opening(record),
-        _results(record),
-        _users(record, users),
+        _results(rows),
+        meta_sections.few_shots(record),
+        meta_sections.continual(record),
+        _users(rows, users),
         _training(record),
         _units(users),
         _what_left(record),
@@ -69,6 +73,8 @@ def headline(record: Record) -> str:
     if not methods:
         return f"A pool trained for {record.get('rounds', 'some')} rounds; no users were served with it"
     if SUBJECT not in methods:
+        if (found := curves.curves_of_record(record)) is not None:
+            return curves.summary(found)
         best = tables.best_of(tables.gains_of(record))
         return f"{best} saves {methods[best]['mean']:.3f} {unit_of(record)}" if best else "Only the base was measured"
     subject, dense = methods[SUBJECT], methods.get(DENSE)
@@ -170,7 +176,9 @@ def _users(record: Record, users: Mapping[str, Any] | None) -> str:
         "Every dot is a user; left of zero, users are worse off than with the frozen model. A box holds the "
         "middle half of the users, its dashed line is the mean."
     )
-    drawn = plots.gains_by_user(users, unit_of(record))
+    rows = record.get("methods", users["loss"])
+    losses = {name: loss_u for name, loss_u in users["loss"].items() if name in rows}
+    drawn = plots.gains_by_user({**users, "loss": losses}, unit_of(record))
     return page.section("Who gains, and who does not", page.figure(drawn, "users", caption))
 
 
@@ -220,7 +228,18 @@ def _units(users: Mapping[str, Any] | None) -> str:
 
 def _what_left(record: Record) -> str:
     """What a device sends in training, as long as there is no private aggregation."""
-    sent = ["the numbers of the units that were active for the user, and how far its steps moved their rows"]
+    meta = record.get("config", {}).get("meta", {})
+    by_gradient = meta.get("signal") in OUTER_GRADIENTS
+    rows = (
+        "the gradient of its query loss with respect to their rows"
+        if by_gradient
+        else "how far its steps moved their rows"
+    )
+    sent = [f"the numbers of the units that were active for the user, and {rows}"]
+    if meta.get("rule", {}).get("name", "sgd") != "sgd":
+        sent.append("that loss's gradient with respect to the update rule's parameters")
+    if meta.get("start", {}).get("name", "pool") != "pool":
+        sent.append("and with respect to those of the network that says where rows start, which can reveal its context")
     gate = record.get("config", {}).get("gate", {})
     if gate.get("policy") == "gate":
         sent.append("the gate's policy gradient of the user, which can reveal its private embedding")

@@ -24,7 +24,7 @@ from simulations.compute.workers import Workers, on_device, start_workers
 from simulations.evaluate import Evaluation, check_methods, evaluate, federated_users
 from simulations.federate import CHECKPOINTS_NAME, RoundReport, federate, last_checkpoint, read_history
 from simulations.mask_quality import mask_quality
-from simulations.methods import methods_of, sources_of
+from simulations.methods import curve_names, methods_of, sources_of
 from simulations.populations.text import prepare
 from simulations.pretrain import describe_base
 from simulations.progress import Progress, Silent, Stage
@@ -39,6 +39,14 @@ from simulations.record import (
     rounded,
     users_table,
     write_json,
+)
+from simulations.sequence_rules import rules_of
+from simulations.sequences import (
+    SequenceEvaluation,
+    check_sequences,
+    continual_record,
+    continual_users,
+    evaluate_sequences,
 )
 from simulations.serve import Trained
 from simulations.setup import Setup, first_pool, set_up, wrap
@@ -72,10 +80,11 @@ def run(config: RunConfig, out: Path, resume: bool = False, progress: Progress |
     try:
         _claim(out, config)
         place = out.absolute()  # workers may stand elsewhere
-        record, evaluation = _train_and_serve(config, federations, place, resume, progress)
+        record, evaluation, sequences = _train_and_serve(config, federations, place, resume, progress)
         write_json(out / RECORD_NAME, record)
         if evaluation is not None:
-            write_json(out / USERS_NAME, users_table(evaluation))
+            walked = {} if sequences is None else {"continual": continual_users(sequences)}
+            write_json(out / USERS_NAME, {**users_table(evaluation), **walked})
     except OSError as error:
         raise RunError(
             f"a run writes to its folder, {out} cannot be written ({error}); nothing that was checkpointed is lost: "
@@ -86,7 +95,7 @@ def run(config: RunConfig, out: Path, resume: bool = False, progress: Progress |
 
 def _train_and_serve(
     config: RunConfig, federations: Mapping[str, RunConfig], out: Path, resume: bool, progress: Progress
-) -> tuple[dict[str, Any], Evaluation | None]:
+) -> tuple[dict[str, Any], Evaluation | None, SequenceEvaluation | None]:
     origin, started = provenance(), time.perf_counter()
     before = sum(line["seconds"] for name in federations for line in read_history(out / name))
     prepare_base(config, progress)
@@ -96,6 +105,7 @@ def _train_and_serve(
     check_setups(setups)
     if config.evaluate.methods:
         check_methods(methods_of(config), population, setups)
+    check_sequences(config, population, setups)
     _claim_population(out, population)
     workers = start_workers(config)
     try:
@@ -107,11 +117,15 @@ def _train_and_serve(
                 state = federate(setup, workers, users, out / name, resume, observer)
             trained[name] = state.values
         evaluation = _evaluate(config, population, workers, federations, trained, progress)
+        sequences = evaluate_sequences(workers, population, Trained(config, trained, federations), progress)
         audited = audit(set_up(federations[MAIN], model), workers, federated_users(population, config), out / MAIN)
     finally:
         workers.close()
     seconds = before + time.perf_counter() - started
-    return _record(config, federations, population, out, evaluation, audited, origin, seconds), evaluation
+    record = _record(config, federations, population, out, evaluation, audited, origin, seconds)
+    if sequences is not None:
+        record["continual"] = continual_record(sequences)
+    return record, evaluation, sequences
 
 
 def check_setups(federations: Mapping[str, Setup]) -> None:
@@ -186,10 +200,11 @@ def prepare_base(config: RunConfig, progress: Progress) -> None:
 
 
 def _federations(config: RunConfig) -> dict[str, RunConfig]:
-    """The main federation, and those that the compared methods name, in their order."""
+    """The main federation, and those that the compared methods and rules name, in their order."""
     federations = federations_of(config)
     sources = sources_of(methods_of(config)) if config.evaluate.methods else []
-    return {name: federations[name] for name in dict.fromkeys([MAIN, *sources]) if name in federations}
+    pools = [rule.pool for rule in rules_of(config)]
+    return {name: federations[name] for name in dict.fromkeys([MAIN, *sources, *pools]) if name in federations}
 
 
 class _Observer:
@@ -262,7 +277,7 @@ def _record(
         record["splits"] |= {"measured": len(evaluation.user_ids), "groups": len(set(evaluation.groups_u.tolist()))}
         record["base_bits_per_char"] = float(evaluation.results[0].loss_u.mean())
         record["methods"] = method_table(evaluation)
-        record["comparisons"] = comparisons(evaluation)
+        record["comparisons"] = comparisons(evaluation, curve_names(config.evaluate.curves))
         record["masks"] = mask_quality(evaluation, population, federations)
     return record
 

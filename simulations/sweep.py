@@ -27,10 +27,11 @@ from simulations.comparison import (
     masks_over_seeds,
 )
 from simulations.compute.workers import on_device
-from simulations.methods import methods_of, parsed_name
+from simulations.methods import curve_names, methods_of, parsed_name
 from simulations.progress import Progress
 from simulations.record import RECORD_NAME, USERS_NAME, paired, provenance, read_record, recorded_config, write_json
 from simulations.runs import CONFIG_NAME, run
+from simulations.sequence_comparison import PREFIX, continual_claims_of, continual_over_seeds
 
 SWEEP_NAME = "sweep.json"
 
@@ -81,10 +82,13 @@ def plan(experiments: Sequence[Path], seeds: int, overrides: Sequence[str], grid
 def claims_of(config: RunConfig) -> list[tuple[str, str]]:
     """The pairs of methods that documents compare, (better, worse), by the names that tables have.
 
-    Raises ConfigError for a method that is not among the run's, for a method and itself, and as `methods_of` does.
+    Raises ConfigError for a method that is not among the run's, for a method and itself, and as `methods_of` and
+    `continual_claims_of` do.
     """
+    continual_claims_of(config)
     measured = [method.name for method in methods_of(config)]
-    claims = [(str(parsed_name(better)), str(parsed_name(worse))) for better, worse in config.evaluate.claims]
+    written = [pair for pair in config.evaluate.claims if not any(name.startswith(PREFIX) for name in pair)]
+    claims = [(str(parsed_name(better)), str(parsed_name(worse))) for better, worse in written]
     for claim in claims:
         for name in claim:
             if name not in measured:
@@ -153,7 +157,8 @@ def summarise(trials: Sequence[Trial], out: Path) -> dict[str, Any]:
 def _summary(trials: Sequence[Trial], out: Path) -> dict[str, Any]:
     runs, setting = results(trials, out), over_seeds(trials, out)
     groups_u = np.asarray(runs[0].users["groups"], dtype=np.int64)
-    losses = {name: np.mean([run.users["loss"][name] for run in runs], axis=0) for name in runs[0].users["loss"]}
+    compared = [name for name in runs[0].users["loss"] if name not in curve_names(trials[0].config.evaluate.curves)]
+    losses = {name: np.mean([run.users["loss"][name] for run in runs], axis=0) for name in compared}
     return {
         "runs": [trial.name for trial in trials],
         "seeds": list(setting.seeds),
@@ -163,6 +168,7 @@ def _summary(trials: Sequence[Trial], out: Path) -> dict[str, Any]:
         "methods": {method.name: _rounded(asdict(method)) for method in setting.methods},
         "comparisons": paired(losses, groups_u),
         "claims": claims_over_seeds(runs, claims_of(trials[0].config)),
+        **continual_over_seeds(runs, continual_claims_of(trials[0].config)),
         "masks": masks_over_seeds(runs),
         "gate": gates_over_seeds(runs),
     }

@@ -5,10 +5,12 @@ Every function takes one variant of the record and gives a head and rows of text
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from federation.config import RunConfig
+from simulations.continual_metrics import METRICS
 from simulations.methods import known_methods, parsed_name
 from simulations.tables import NOTHING, percent
 from simulations.variants import MAIN
@@ -37,18 +39,8 @@ def seeds(summary: Summary) -> Drawn:
 
 def claims(summary: Summary) -> Drawn:
     """By how much the first of two methods is better, in the record's order."""
-    head = ("difference of gains", "mean", "in standard errors", "95% interval", "by seed")
-    rows: Rows = [
-        (
-            f"`{claim['better']}` - `{claim['worse']}`",
-            f"{claim['difference']:+.4f}",
-            NOTHING if claim["z"] is None else f"{claim['z']:+.1f}",
-            f"{claim['low']:+.4f} to {claim['high']:+.4f}",
-            ", ".join(f"{difference:+.4f}" for difference in claim["seed_differences"]),
-        )
-        for claim in summary["claims"]
-    ]
-    return head, rows
+    rows: Rows = [(f"`{claim['better']}` - `{claim['worse']}`", *_claimed(claim)) for claim in summary["claims"]]
+    return ("difference of gains", *_CLAIMED), rows
 
 
 def masks(summary: Summary) -> Drawn:
@@ -122,6 +114,34 @@ def curve(summary: Summary) -> Drawn:
     return head, [cells for _, cells in sorted(found, key=lambda entry: entry[0])]
 
 
+def continual(summary: Summary) -> Drawn:
+    """What every rule left its users with, and the references, over the seeds."""
+    measured = summary["continual"]
+    head = ("rule", *(words.label for words in METRICS.values()), "ACC by seed", "BWT by seed", "bytes", "diverged")
+    rows: Rows = []
+    for name, rule in measured["rules"].items():
+        metrics = rule["metrics"]
+        cells = (_with_error(metrics[figure]) for figure in METRICS)
+        by_seed = (_by_seed(metrics[figure]["seeds"]) for figure in ("acc", "bwt"))
+        rows.append((f"`{name}`", *cells, *by_seed, f"{rule['bytes_per_user']:,.0f}", str(rule["diverged"])))
+    for name, reference in measured["references"].items():
+        acc, rest = reference["metrics"]["acc"], [NOTHING] * (len(METRICS) - 1)
+        found = (_with_error(acc), *rest, _by_seed(acc["seeds"]), NOTHING, NOTHING, str(reference["diverged"]))
+        rows.append((f"`{name}`", *found))
+    return head, rows
+
+
+def continual_claims(summary: Summary) -> Drawn:
+    """By how much the first of two rules is better, in ACC and in BWT."""
+    by_figure = summary["continual"]["claims"]
+    rows: Rows = [
+        (f"{figure.upper()}, `{claim['better']}` - `{claim['worse']}`", *_claimed(claim))
+        for figure, found in by_figure.items()
+        for claim in found
+    ]
+    return ("difference", *_CLAIMED), rows
+
+
 def variance(record: Mapping[str, Any]) -> Drawn:
     """Of a `bench gate` record: each estimator's variance by situation, at equal evaluations. Biased ones have the norm
     of their bias beside it, as a share of the gradient's."""
@@ -149,6 +169,29 @@ def span(values: Iterable[float], form: str) -> str:
 def share(value: float) -> str:
     """In percent, to one decimal: claims about shares are that fine."""
     return f"{_in_percent(value):.1f}%"
+
+
+_CLAIMED = ("mean", "in standard errors", "95% interval", "by seed")
+
+
+def _claimed(claim: Mapping[str, Any]) -> tuple[str, ...]:
+    """Under the heads `_CLAIMED`."""
+    return (
+        f"{claim['difference']:+.4f}",
+        NOTHING if claim["z"] is None else f"{claim['z']:+.1f}",
+        f"{claim['low']:+.4f} to {claim['high']:+.4f}",
+        ", ".join(f"{difference:+.4f}" for difference in claim["seed_differences"]),
+    )
+
+
+def _with_error(figure: Mapping[str, Any]) -> str:
+    """Without the error where there is none, or it is unknown (NaN)."""
+    known = "se" in figure and not math.isnan(figure["se"])
+    return f"{figure['mean']:.4f} ± {figure['se']:.4f}" if known else f"{figure['mean']:.4f}"
+
+
+def _by_seed(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
 
 
 def _quality(method: Mapping[str, Any]) -> tuple[str, str]:

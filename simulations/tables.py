@@ -14,6 +14,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from simulations.methods import parsed_name
+
 Record = Mapping[str, Any]
 
 NOTHING = "—"
@@ -42,6 +44,12 @@ EXPLANATIONS = {
     "dsa_t0": "the units the gate chose, nothing tuned",
     "dsa_t1": "the gate's units, one tuned scale for each",
     "dsa_t2": "the gate's units, their rows tuned for the user",
+    "melpa": "the federation's learned start, rows tuned by its learned update rule",
+    "maml": "the same of a pool trained by exact MAML",
+    "fomaml": "the same of a pool trained by first-order MAML",
+    "reptile": "the same of a pool trained by Reptile",
+    "head_only": "the classifying module alone tuned for the user, fp16",
+    "neighbours": "the user's nearest examples vote, nothing trained",
     "ngram_cache": "the frozen model and a 5-gram cache of the user's text",
     "dsa_t2_cache": "dsa_t2 and a 5-gram cache of the user's text",
 }
@@ -61,11 +69,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table before it is drawn: the first column holds the rows' names, `columns` head the cells."""
+    """A table before it is drawn: the first column, under `names`, holds the rows' names, `columns` head the cells."""
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     caption: str
+    names: str = "method"
 
 
 @dataclass(frozen=True)
@@ -97,11 +106,17 @@ class Headroom:
 
 
 def result_table(record: Record) -> Table:
-    """One row per method of the record, in its order; the best method without a cache is emphasised."""
-    methods = record["methods"]
-    best = best_of(gains_of(record))
-    rows = (Row(name, explain(name), _cells(name, entry), name == best) for name, entry in methods.items())
+    """One row per method of the record that is no point of a curve, in its order; the best method without a cache is
+    emphasised. The run's quality has a column where it was measured beside the loss."""
+    record = without_curves(record)
+    methods, best = record["methods"], best_of(gains_of(record))
+    measured = any("quality" in entry for entry in methods.values())
+    rows = (
+        Row(name, explain(name), ((_quality(entry),) if measured else ()) + _cells(name, entry), name == best)
+        for name, entry in methods.items()
+    )
     columns = (
+        *((quality_of(record),) if measured else ()),
         "gain over base",
         "p10",
         "p90",
@@ -111,6 +126,26 @@ def result_table(record: Record) -> Table:
         "tuning time",
     )
     return Table(columns, tuple(rows), caption(record))
+
+
+def without_curves(record: Record) -> Record:
+    """The record without methods that are there as points of few-shot curves alone, which are drawn instead."""
+    asked = record.get("config", {}).get("evaluate", {}).get("methods")
+    if asked is None or "methods" not in record:
+        return record
+    rows = {REFERENCE, *(str(parsed_name(name)) for name in asked)}
+    pairs = record.get("comparisons", ())
+    return {
+        **record,
+        "methods": {name: entry for name, entry in record["methods"].items() if name in rows},
+        "comparisons": [pair for pair in pairs if {pair["a"], pair["b"]} <= rows],
+    }
+
+
+def quality_of(record: Record) -> str:
+    """The name of the run's quality."""
+    name = record.get("config", {}).get("gate", {}).get("reward", {}).get("quality", {}).get("name", "loss")
+    return str(name)
 
 
 def best_of(gains: Mapping[str, float]) -> str | None:
@@ -179,7 +214,7 @@ def headroom(record: Record) -> Headroom | None:
 def terminal(table: Table) -> RenderableType:
     """For `rich.console.Console.print`: the figures, then what the methods are. Fits 80 columns."""
     figures = RichTable(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    figures.add_column("method", min_width=max(len(row.name) for row in table.rows))
+    figures.add_column(table.names, min_width=max(len(row.name) for row in table.rows))
     for index, column in enumerate(table.columns):
         widest = max(len(row.cells[index]) for row in table.rows)
         figures.add_column(column.replace(" ", "\n", 1), justify="right", vertical="bottom", min_width=widest)
@@ -194,7 +229,7 @@ def terminal(table: Table) -> RenderableType:
 def markdown(table: Table) -> str:
     """A GitHub table, its caption below."""
     lines = [
-        _markdown_line(("method", *table.columns, "what it is")),
+        _markdown_line((table.names, *table.columns, "what it is")),
         _markdown_line(("---", *["---:"] * len(table.columns), "---")),
     ]
     for row in table.rows:
@@ -209,7 +244,8 @@ def html(table: Table) -> str:
     heads = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
     body = "".join(_html_row(row) for row in table.rows)
     return (
-        f'<figure><div class="scroll" tabindex="0"><table><thead><tr><th scope="col">method</th>{heads}</tr></thead>'
+        f'<figure><div class="scroll" tabindex="0"><table><thead><tr><th scope="col">{escape(table.names)}</th>{heads}'
+        "</tr></thead>"
         f"<tbody>{body}</tbody></table></div><figcaption>{escape(table.caption)}</figcaption></figure>"
     )
 
@@ -250,6 +286,10 @@ def _cells(name: str, entry: Mapping[str, float]) -> tuple[str, ...]:
         cell("active_share", percent),
         cell("seconds_per_user", _duration) if entry.get("steps") else NOTHING,
     )
+
+
+def _quality(entry: Mapping[str, float]) -> str:
+    return bits(entry["quality"]) if "quality" in entry else NOTHING
 
 
 def _duration(seconds: float) -> str:

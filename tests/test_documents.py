@@ -15,9 +15,11 @@ from federation.base import BaseModel
 from federation.config import QualityConfig, RunConfig
 from federation.estimators.registry import ESTIMATORS
 from federation.qualities import make_quality
-from simulations.documents import DOCUMENTS, HOUSE, rendered
+from simulations import documents
+from simulations.documents import DOCUMENTS, HOUSE, PLOTS, plots_of, rendered
 from simulations.federate import read_history
 from tests.federation.estimators.problems import PROBLEMS, Curved, replicas
+from tests.simulations.meta_records import made_up_continual, with_curves
 from tests.simulations.tiny import simulate, tiny_config
 
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -29,6 +31,30 @@ GATE = HOUSE / "docs" / "gate.md"
 def test_every_figure_is_that_of_its_record(name: str) -> None:
     text = (HOUSE / name).read_text()
     assert rendered(text) == text, "run `python -m simulations.documents`"
+
+
+def test_every_plot_is_that_of_its_record_and_none_is_left_over() -> None:
+    plots = {path: svg for name in DOCUMENTS for path, svg in plots_of((HOUSE / name).read_text()).items()}
+    assert {path: path.read_text() for path in PLOTS.glob("*")} == plots, "run `python -m simulations.documents`"
+
+
+def test_a_documents_plots_are_files_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = with_curves() | {"continual": made_up_continual()}
+    (tmp_path / "mine.json").write_text(json.dumps(run))
+    kinds = ("shots", "shots_plot", "continual", "tasks_plot")
+    (tmp_path / "page.md").write_text("\n".join(f"<!-- {kind}: mine.json -->\n<!-- end -->" for kind in kinds))
+    for name, value in (("HOUSE", tmp_path), ("PLOTS", tmp_path / "plots"), ("DOCUMENTS", ("page.md",))):
+        monkeypatch.setattr(documents, name, value)
+    documents.main()
+    text = (tmp_path / "page.md").read_text()
+    links = re.findall(r"!\[.+\]\((.*)\)", text)
+    assert links == ["plots/mine-shots.svg", "plots/mine-tasks.svg"]
+    assert [(tmp_path / link).read_text()[:4] for link in links] == ["<svg", "<svg"]
+    assert "| 5 examples | `shared_tuned` | 20.0% | 25.0% | 45.0% |" in text
+    assert "| `none` | 53.3 ± 1.0 |" in text
+    assert "Mean accuracy over new users; steps are spaced as logarithms. Dotted: the frozen model." in text
+    assert "Read a column downwards" in text
+    assert rendered(text) == text
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

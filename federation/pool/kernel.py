@@ -73,7 +73,22 @@ def plain_low_rank(x: Tensor, base: Tensor, rows: Tensor, scale: float) -> Tenso
     """
     used = rows.to(x.dtype)
     down, up = torch.split(used, [x.shape[2], base.shape[2]], 2)
-    return torch.baddbmm(base, torch.bmm(x, down.transpose(1, 2)), up, alpha=scale)
+    return torch.baddbmm(base, _Hidden.apply(x, down), up, alpha=scale)
+
+
+class _Hidden(torch.autograd.Function):
+    """x_u down_u^T as `torch.bmm`, with gradients whose own gradients with respect to x lie in memory as x does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor) -> Tensor:
+        ctx.save_for_backward(x, down)
+        return torch.bmm(x, down.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, d_hidden: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, down = ctx.saved_tensors
+        d_x = torch.bmm(d_hidden, down) if ctx.needs_input_grad[0] else None
+        return d_x, torch.bmm(d_hidden.transpose(1, 2), x)
 
 
 def gated_low_rank(x: Tensor, y: Tensor, rows: Tensor, gates_ur: Tensor, scale: float) -> Tensor:

@@ -157,6 +157,18 @@ def gate(
     conclude(measure(users, repetitions, situations, draws), out, "gate")
 
 
+@bench.command()
+def meta(
+    users: Annotated[int, typer.Option(min=1, help="In the block that is timed.")] = 256,
+    repetitions: Annotated[int, typer.Option(min=3, help="Of which the median counts.")] = 5,
+    out: Out = None,
+) -> None:
+    """Exact MAML against a plain loop, and what outer signals cost in time and memory. Prints one JSON line."""
+    from simulations.benchmarks.meta import measure
+
+    conclude(measure(users, repetitions), out, "meta")
+
+
 class Result(Protocol):
     """What was measured. line: what the command prints. details: what else its record holds."""
 

@@ -9,18 +9,24 @@ from typing import Any
 from federation.config import PopulationConfig
 from federation.data.code import code_corpus
 from federation.data.corpus import TextCorpus
+from federation.data.population import Population
 from federation.data.text import TextPopulation
 from federation.plugins import check_options
+from simulations.populations.drift import Drifting
 from simulations.populations.shakespeare import shakespeare_corpus
 from simulations.pretrain import PretrainConfig, Progress, no_progress, pretrained_population
 
 
-def code(root: str | None = None, window: int = 64, pretraining: Mapping[str, Any] | None = None) -> TextPopulation:
+def code(
+    root: str | None = None, window: int = 64, pretraining: Mapping[str, Any] | None = None, tasks: int = 1
+) -> TextPopulation | Drifting:
     """Users made of source code. root: a folder of your own projects, which become the new users.
 
-    window: tokens per example. pretraining: fields of `PretrainConfig`.
+    window: tokens per example. pretraining: fields of `PretrainConfig`. tasks: with more than one, users move from
+    one project to the next (`Drifting`).
     """
-    return _population(_code(root), window, pretraining)
+    population = _population(_code(root), window, pretraining)
+    return population if tasks == 1 else Drifting(population, tasks)
 
 
 def shakespeare(window: int = 64, pretraining: Mapping[str, Any] | None = None) -> TextPopulation:
@@ -30,11 +36,11 @@ def shakespeare(window: int = 64, pretraining: Mapping[str, Any] | None = None) 
 
 def prepare(config: PopulationConfig, progress: Progress) -> None:
     """Pre-trains the base of a text population unless the cache holds it, and says how far it is."""
-    makers: dict[str, Callable[..., TextPopulation]] = {"code": code, "shakespeare": shakespeare}
+    makers: dict[str, Callable[..., Population]] = {"code": code, "shakespeare": shakespeare}
     if config.name in makers:
         options = dict(config.options)
         check_options(f"population {config.name!r}", makers[config.name], options)
-        root = options.pop("root", None)
+        root, _ = options.pop("root", None), options.pop("tasks", None)
         _population(shakespeare_corpus if config.name == "shakespeare" else _code(root), progress=progress, **options)
 
 

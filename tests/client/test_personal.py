@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from client.adapt import Adam
+from client.adapt import Adam, ByRule
+from client.inner import Inner
 from client.personal import (
     ActiveRows,
     Tuning,
@@ -148,6 +149,45 @@ def test_a_device_tunes_by_its_settings() -> None:
     known = task_known(house.task, house.values, house.worker, IDS)
     active = active_rows(house.values, house.spec, task_mask(house.task, known, IDS))
     assert tuning_of(house.task, house.values, known, active) == Tuning("rows", Adam(0.25, 3), 3, 5)
+
+
+@pytest.mark.parametrize("budget", ["gate.distribution='bernoulli'", "gate.distribution='budget'"])
+@pytest.mark.parametrize(
+    ("signal", "rule", "start"),
+    [
+        ("maml", "sgd", "contextual"),
+        ("maml", "rates", "pool"),
+        ("maml", "rates", "contextual"),
+        ("fomaml", "learned", "universal"),
+    ],
+)
+def test_a_device_walks_as_the_inner_loop_of_a_round_from_the_same_start(
+    signal: str, rule: str, start: str, budget: str
+) -> None:
+    """For more steps than a round takes, on the examples that it serves by."""
+    house = House(
+        "personal={steps=4, examples=5, gain_examples=8}",
+        f"meta={{signal='{signal}', rule={{name='{rule}'}}, start={{name='{start}'}}}}",
+        budget,
+    )
+    task, values, known = house.task, house.values, task_known(house.task, house.values, house.worker, IDS)
+    assert task.config.local.steps < 4
+    active = active_rows(values, house.spec, task_mask(task, known, IDS))
+    tuning = tuning_of(task, values, known, active)
+    assert isinstance(tuning.tuner, ByRule)
+    assert (tuning.kept, tuning.steps, tuning.examples) == ("rows", 4, 5)
+    personal = personal_values(task, active, tuning, house.worker, IDS)
+    seen = [house.worker.batch(IDS, "support", 5, task.streams.at("serve", "tune", step)) for step in range(4)]
+    context = task.model.features(known.signals.examples)
+    inner = Inner(task.model, task.learner, active.units, context)
+    copies = task.learner.copies(values, active.units)
+    *_, (last, _) = inner.steps(copies, seen)
+    begun = inner.start(copies)
+    for name, row in active.rows.items():
+        torch.testing.assert_close(row + personal[name], last.rows[name].detach(), rtol=1e-5, atol=1e-6)
+        assert not torch.equal(last.rows[name], begun[name])
+        assert torch.equal(begun[name], row) == (start == "pool")
+        assert not personal[name].requires_grad
 
 
 def test_rows_are_those_of_the_mask_and_padding_is_zero(house: House) -> None:

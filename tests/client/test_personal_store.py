@@ -21,7 +21,7 @@ from client.personal_store import Kept, PersonalStore
 from federation.errors import StoreError
 
 USERS = st.sampled_from([0, 1, 7, 2**40, 2**63 - 1, -5])
-KEPT = st.builds(Kept, st.sampled_from(["r1-00ff", "r20-aa", ""]), st.binary(max_size=9000))
+KEPT = st.builds(Kept, st.sampled_from(["r1-00ff", "r20-aa", ""]), st.binary(max_size=9000), st.binary(max_size=9000))
 
 
 @pytest.fixture
@@ -84,12 +84,12 @@ def raw(folder: Path, edit) -> None:
 
 
 def test_the_bytes_are_those_of_the_table(store: PersonalStore, tmp_path: Path) -> None:
-    store.put(258, Kept("r7-ab", b"payload"))
+    store.put(258, Kept("r7-ab", b"payload", b"memory"))
     store.forget(1)
     store.close()
     found = {}
     raw(tmp_path / "personal", lambda handle: found.update(handle.cursor()))
-    key, body = b"\0\0\0\0\0\0\1\2", b"\1\5r7-abpayload"
+    key, body = b"\0\0\0\0\0\0\1\2", b"\2\5r7-ab\6\0\0\0memorypayload"
     assert found == {key: body + crc32(key + body).to_bytes(4, "little"), b"\0\0\0\0\0\0\0\1": b""}
 
 
@@ -103,7 +103,7 @@ def test_a_changed_or_cut_value_is_refused_and_personalising_again_mends_it(
 ) -> None:
     folder = tmp_path_factory.mktemp("damage") / "personal"
     with PersonalStore(folder) as store:
-        store.put(5, Kept("r1-aa", b"some payload"))
+        store.put(5, Kept("r1-aa", b"some payload", b"and memory"))
         store.put(6, Kept("r2-bb", b"other"))
 
     def damage(handle) -> None:
@@ -148,14 +148,32 @@ def test_values_under_another_users_key_are_refused(store: PersonalStore, tmp_pa
             reopened.get(6)
 
 
+def stored(folder: Path, body: bytes) -> None:
+    """Has user 5 own this value, under its checksum."""
+    raw(folder, lambda handle: handle.put(KEY, body + crc32(KEY + body).to_bytes(4, "little")))
+
+
+def test_a_value_of_the_first_format_has_no_memory_until_it_is_written_again(
+    store: PersonalStore, tmp_path: Path
+) -> None:
+    store.forget(1)
+    store.close()
+    stored(tmp_path / "personal", b"\1\5r7-abpayload")
+    with PersonalStore(tmp_path / "personal") as reopened:
+        assert reopened.versions() == {"r7-ab"}
+        found = reopened.get(5)
+        assert found == Kept("r7-ab", b"payload", b"")
+        reopened.put(5, Kept("r7-ab", b"payload", b"memory"))
+        assert reopened.get(5) == Kept("r7-ab", b"payload", b"memory")
+
+
 def test_another_format_is_named(store: PersonalStore, tmp_path: Path) -> None:
     store.put(5, Kept("r1-aa", b"payload"))
     store.close()
-    body = b"\2\0later"
-    raw(tmp_path / "personal", lambda handle: handle.put(KEY, body + crc32(KEY + body).to_bytes(4, "little")))
+    stored(tmp_path / "personal", b"\3\0later")
     with (
         PersonalStore(tmp_path / "personal") as reopened,
-        pytest.raises(StoreError, match=r"user 5 are of format 2, this fedquilt reads 1; use the release"),
+        pytest.raises(StoreError, match=r"user 5 are of format 3, this fedquilt reads up to 2; use the release"),
     ):
         reopened.get(5)
 

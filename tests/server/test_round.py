@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from federation.config import RunConfig
-from federation.errors import ConfigError, PluginError
-from federation.update import Schema, Section, UpdateBlock
+from federation.errors import CheckpointError, ConfigError, PluginError
+from federation.learner import RATES_OF_UNITS, SHARED_RATES, START_SECTION
+from federation.update import Schema, Section, SectionSpec, UpdateBlock
 from server.checkpoint import load, save
 from server.round import ServerState, from_checkpoint, lift, rules_of, to_parts
 from strategies.protocol import State
@@ -25,11 +26,21 @@ PLAIN_SGD = [
     "pool_optimizer.learning_rate=1.0",
     "gate_optimizer.learning_rate=0.5",
 ]
+LEARNED = Schema(
+    {
+        **SCHEMA.sections,
+        RATES_OF_UNITS: SectionSpec(rows=10, factors={"rates": 3}, max_rows=6),
+        SHARED_RATES: SectionSpec(rows=1, factors={"rates": 4}, max_rows=1),
+        START_SECTION: SectionSpec(rows=1, factors={"weights": 9}, max_rows=1),
+    }
+)
+"""Where an update rule and a start are learned besides."""
 
 
 def dense(block: UpdateBlock, name: str, u: int) -> Tensor:
     """One user's contribution to a section as a dense (rows, width)."""
-    section, total = block.sections[name], torch.zeros(SCHEMA.sections[name].rows, SCHEMA.sections[name].width)
+    spec = LEARNED.sections[name]
+    section, total = block.sections[name], torch.zeros(spec.rows, spec.width)
     for k in range(section.ids_uk.shape[1]):
         if section.valid_uk[u, k]:
             total[int(section.ids_uk[u, k])] += section.rows_ukw[u, k]
@@ -66,6 +77,56 @@ def test_fedavg_and_sgd_move_each_part_by_the_clipped_mean_at_its_own_rate() -> 
             bound, rate = (2.0, 1.0) if prefix == "pool" else (1.0, 0.5)
             mean += rate * dense(block, name, u) * min(1.0, bound / max(norm, 1e-30)) / 5
         torch.testing.assert_close(after.values[name], state.values[name] + mean, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_learned_besides_moves_by_its_own_optimizer_within_its_own_limit() -> None:
+    """The rates of units and those of all together are one part: clipped together, at one rate."""
+    rate = {"pool": 1.0, "gate": 0.5, "rates": 0.25, "start": 2.0}
+    bound = {"pool": 100.0, "gate": 100.0, "rates": 1.5, "start": 0.75}
+    own = [f"{part}_optimizer={{name='sgd', schedule='constant', learning_rate={rate[part]}}}" for part in rate]
+    limits = [f"limits.{part}_norm={bound[part]}" for part in bound]
+    setup = rules("strategy.name=fedavg", *own, *limits, schema=LEARNED)
+    assert set(setup.optimizers) == set(rate)
+    assert setup.limits.max_norm == bound
+    state, block = first_state(setup), updates(5, 2, LEARNED)
+    after = one_round(state, setup, [block])
+    for part, prefix in ((name, name.split("/")[0]) for name in LEARNED.sections):
+        together = [other for other in LEARNED.sections if other.split("/")[0] == prefix]
+        mean = torch.zeros_like(state.values[part])
+        for u in range(5):
+            norm = math.sqrt(sum(float(dense(block, other, u).square().sum()) for other in together))
+            mean += rate[prefix] * dense(block, part, u) * min(1.0, bound[prefix] / max(norm, 1e-30)) / 5
+        assert mean.any()
+        torch.testing.assert_close(after.values[part], state.values[part] + mean, rtol=1e-5, atol=1e-6)
+
+
+def test_where_nothing_is_learned_besides_there_is_nothing_that_moves_it() -> None:
+    setup = rules()
+    assert set(setup.optimizers) == set(setup.limits.max_norm) == {"pool", "gate"}
+
+
+def test_a_factor_that_rests_leaves_what_is_learned_besides_alone() -> None:
+    setup = rules(schema=LEARNED)
+    state, block = first_state(setup), updates(4, 6, LEARNED)
+    after, whole = one_round(state, setup, [block], frozen=["down", "up"]), one_round(state, setup, [block])
+    for name in LEARNED.sections:
+        still = name.startswith("pool")
+        assert torch.equal(after.values[name], (state if still else whole).values[name])
+        assert not torch.equal(whole.values[name], state.values[name])
+
+
+def test_a_checkpoint_without_what_is_learned_is_refused(tmp_path: Path) -> None:
+    older, newer = rules(), rules(schema=LEARNED)
+    saved = load(save(tmp_path, 1, to_parts(one_round(first_state(older), older, [updates(4, seed=1)])), {}))
+    missing = r"lacks values/rates/units, values/rates/shared, values/start, optimizer-rates, optimizer-start, or"
+    with pytest.raises(CheckpointError, match=missing):
+        from_checkpoint(saved, newer)
+    other = {**LEARNED.sections, SHARED_RATES: SectionSpec(rows=1, factors={"rates": 5}, max_rows=1)}
+    state = one_round(first_state(newer), newer, [updates(4, 1, LEARNED)])
+    saved = load(save(tmp_path / "more", 1, to_parts(state), {}))
+    assert from_checkpoint(saved, newer).version == state.version
+    with pytest.raises(CheckpointError, match=r"values/rates/shared, or has it in another shape.*begin a new run"):
+        from_checkpoint(saved, rules(schema=Schema(other)))
 
 
 def test_the_rate_falls_as_a_cosine_over_the_configured_rounds() -> None:

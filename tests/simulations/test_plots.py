@@ -35,6 +35,10 @@ def test_every_method_is_a_point_or_a_level_line() -> None:
         ("random_mask[pool=random]", plots.MASKS),
         ("dsa_t2_cache", plots.CACHE),
         ("ngram_cache", plots.CACHE),
+        ("melpa[steps=5,by=adam]@fp16", plots.META),
+        ("maml", plots.META),
+        ("head_only", plots.CONTROLS),
+        ("neighbours[shots=5]", plots.CONTROLS),
     ],
 )
 def test_families(name: str, family: str) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from federation.errors import RunError
+from simulations.continual_metrics import METRICS
 from simulations.report import findings, headline, write_comparison, write_report
+from tests.simulations.meta_records import made_up_continual, with_curves
 from tests.simulations.records import made_up_record, made_up_users
 
 VOID = {"meta", "br"}
@@ -191,6 +193,63 @@ def test_the_gates_health_is_shown_where_one_was_trained(tmp_path: Path) -> None
 def test_a_run_of_no_rounds_has_a_report(tmp_path: Path) -> None:
     record = made_up_record() | {"history": []}
     assert "What left the devices" in page_of(write_report(save(tmp_path, record, None))).headings
+
+
+CURVES, KEPT = "How few steps a new user needs", "What users keep when tasks come one after the other"
+DRAWING = '<svg xmlns="http://www.w3.org/2000/svg" viewBox'
+
+
+def test_few_shot_curves_are_drawn_and_take_no_rows(tmp_path: Path) -> None:
+    record, users = with_curves(), made_up_users()
+    for name in record["methods"]:
+        users["loss"].setdefault(name, users["loss"]["base"])
+    path = write_report(save(tmp_path, record, users))
+    page, text = page_of(path), path.read_text()
+    assert CURVES in page.headings
+    assert KEPT not in page.headings
+    assert "melpa is at least there with 50.0% after 1 step" in page.text
+    assert "melpa[shots=5,steps=1]" not in text
+    assert text.count(DRAWING) == 1
+
+
+def test_the_headline_is_of_the_first_curve_where_there_is_no_dsa() -> None:
+    record = with_curves()
+    del record["methods"]["dsa_t2"]
+    assert headline(record) == "melpa is at 62.0% accuracy after 5 steps on 5 examples; the frozen model is at 25.0%"
+
+
+def test_sequences_show_matrices_one_table_and_what_every_figure_means(tmp_path: Path) -> None:
+    record = made_up_record() | {"continual": made_up_continual()}
+    path = write_report(save(tmp_path, record, None))
+    page = page_of(path)
+    assert KEPT in page.headings
+    assert CURVES not in page.headings
+    for words in METRICS.values():
+        assert page.text.count(words.label) == 2
+        assert words.meaning in page.text
+    for fact in ("after task 3", "60.0 points forgotten", "4,096", "-50.0 ± 1.0"):
+        assert fact in page.text
+    assert path.read_text().count(DRAWING) == 1
+
+
+def test_a_run_that_compared_no_rules_shows_none(tmp_path: Path) -> None:
+    record = made_up_record() | {"continual": made_up_continual() | {"rules": {}}}
+    assert KEPT not in page_of(write_report(save(tmp_path, record, None))).headings
+
+
+def test_what_left_depends_on_what_is_learned(tmp_path: Path) -> None:
+    record = made_up_record()
+
+    def text(**meta: object) -> str:
+        record["config"]["meta"] = meta
+        return page_of(write_report(save(tmp_path, record, None))).text
+
+    assert "how far its steps moved their rows" in text(signal="reptile")
+    learned = text(signal="fomaml", rule={"name": "rates"}, start={"name": "contextual"})
+    assert "moved their rows" not in learned
+    for part in ("the gradient of its query loss", "the update rule's parameters", "can reveal its context"):
+        assert part in learned
+    assert "update rule's" not in text(signal="maml", rule={"name": "sgd"}, start={"name": "universal"})
 
 
 def test_a_comparison_is_one_page_of_all_settings(tmp_path: Path) -> None:
