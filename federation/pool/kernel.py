@@ -73,7 +73,11 @@ def plain_low_rank(x: Tensor, base: Tensor, rows: Tensor, scale: float) -> Tenso
     """
     used = rows.to(x.dtype)
     down, up = torch.split(used, [x.shape[2], base.shape[2]], 2)
-    return torch.baddbmm(base, _Hidden.apply(x, down), up, alpha=scale)
+    return torch.baddbmm(base, _hidden(x, down), up, alpha=scale)
+
+
+def _hidden(x: Tensor, down: Tensor) -> Tensor:
+    return _Hidden.apply(x, down)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _Hidden(torch.autograd.Function):

@@ -24,6 +24,7 @@ from federation.errors import CheckpointError, RunError
 from federation.exchange import Instructions, Letter, Refusal
 from federation.meta_config import MetaConfig
 from federation.pool.file import PoolFile, pool_file
+from server import checkpoint
 from server.begin import first_state
 from server.live.folder import StateFolder
 from server.live.loop import RoundLine, federate
@@ -134,6 +135,19 @@ def test_a_server_and_nodes_that_start_again_end_with_the_same_bits(
         state = federate(config, rules, first, nodes, tmp_path / "server", on_round=seen.append)
     assert [line.round_index for line in seen] == [3, 4]
     assert_same(state, simulated(config, tmp_path / "simulation"))
+
+
+def test_where_the_pool_rests_nothing_is_learned_besides_on_either_side(tmp_path: Path) -> None:
+    """In round 2 the gate learns alone, so nobody takes a step."""
+    config = meta_config("fomaml", "gate.every=2", "gate.schedule=alternate")
+    state, lines = deploy(config, tmp_path, USERS_PER_NODE)
+    assert_same(state, simulated(config, tmp_path / "simulation"))
+    reports = read_history(tmp_path / "simulation")
+    assert [line.metrics for line in lines] == [report["metrics"] for report in reports]
+    folder = tmp_path / "server" / "checkpoints"
+    first, second, third = (checkpoint.load(checkpoint.path_of(folder, r)).tensors["values"] for r in (1, 2, 3))
+    assert {name for name in second if not torch.equal(first[name], second[name])} == {"gate", "load"}
+    assert {name for name in third if torch.equal(second[name], third[name])} == {"gate"}
 
 
 def wanderers() -> Population:
