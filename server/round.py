@@ -108,7 +108,8 @@ def from_checkpoint(checkpoint: Checkpoint, rules: Rules) -> ServerState:
     if odd := _odd_parts(parts, rules):
         raise CheckpointError(
             f"a checkpoint holds what this version trains, that of round {checkpoint.round_index} lacks "
-            f"{', '.join(odd)}, or has it in another shape; it is of an older version or another configuration: "
+            f"{', '.join(odd)}, or has it in another shape or beyond that; it is of an older version or another "
+            "configuration: "
             "begin a new run, or go on with the version that wrote it"
         )
     return ServerState(
@@ -120,10 +121,11 @@ def from_checkpoint(checkpoint: Checkpoint, rules: Rules) -> ServerState:
 
 
 def _odd_parts(parts: Mapping[str, Tensors], rules: Rules) -> list[str]:
-    """What is not there, or of another shape than the schema's."""
+    """What is not there, of another shape than the schema's, or not in the schema."""
     values = parts.get("values", {})
     wanted = {name: (spec.rows, spec.width) for name, spec in rules.schema.sections.items()}
     odd = [f"values/{name}" for name, shape in wanted.items() if name not in values or values[name].shape != shape]
+    odd += [f"values/{name}" for name in values if name not in wanted]
     needed = ("strategy", *(f"optimizer-{prefix}" for prefix in rules.optimizers))
     return odd + [part for part in needed if part not in parts]
 

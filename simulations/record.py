@@ -45,7 +45,7 @@ def provenance() -> dict[str, Any]:
 
 def method_table(evaluation: Evaluation) -> dict[str, dict[str, float]]:
     """One entry per method. All of mean, p10, p90 and se are of the gain over `base`, in bits per character; `loss` is
-    the mean loss, `quality` the mean of the run's quality, where that is another. se is paired and clustered by group;
+    the mean loss, `quality` the mean of the run's quality, where that is another, and quality_se its error. se is paired and clustered by group;
     harmed is the share of users worse off than with `base`."""
     base_u = evaluation.results[0].loss_u
     return {r.method.name: _method_entry(r, base_u, evaluation.groups_u) for r in evaluation.results}
@@ -142,8 +142,12 @@ def _method_entry(result: MethodResult, base_u: Floats, groups_u: Groups) -> dic
         "seconds_per_user": result.seconds_per_user,
         "learning_rate": result.learning_rate,
         "steps": result.steps,
-        **({} if result.quality_u is None else {"quality": float(result.quality_u.mean())}),
+        **({} if result.quality_u is None else _quality(result.quality_u, groups_u)),
     }
+
+
+def _quality(quality_u: Floats, groups_u: Groups) -> dict[str, float]:
+    return {"quality": float(quality_u.mean()), "quality_se": clustered_error(quality_u, groups_u)}
 
 
 def _version(package: str) -> str | None:

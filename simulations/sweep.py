@@ -157,7 +157,9 @@ def summarise(trials: Sequence[Trial], out: Path) -> dict[str, Any]:
 def _summary(trials: Sequence[Trial], out: Path) -> dict[str, Any]:
     runs, setting = results(trials, out), over_seeds(trials, out)
     groups_u = np.asarray(runs[0].users["groups"], dtype=np.int64)
-    compared = [name for name in runs[0].users["loss"] if name not in curve_names(trials[0].config.evaluate.curves)]
+    evaluated = trials[0].config.evaluate
+    curves = [name for name in curve_names(evaluated.curves) if name not in evaluated.methods]
+    compared = [name for name in runs[0].users["loss"] if name not in curves]
     losses = {name: np.mean([run.users["loss"][name] for run in runs], axis=0) for name in compared}
     return {
         "runs": [trial.name for trial in trials],
@@ -166,6 +168,7 @@ def _summary(trials: Sequence[Trial], out: Path) -> dict[str, Any]:
         "groups": len(np.unique(groups_u)),
         "quality": trials[0].config.gate.reward.quality.name,
         "methods": {method.name: _rounded(asdict(method)) for method in setting.methods},
+        "curves": curves,
         "comparisons": paired(losses, groups_u),
         "claims": claims_over_seeds(runs, claims_of(trials[0].config)),
         **continual_over_seeds(runs, continual_claims_of(trials[0].config)),

@@ -21,7 +21,7 @@ Drawn = tuple[Sequence[str], Rows]
 
 
 def seeds(summary: Summary) -> Drawn:
-    """Every method's gain over the seeds."""
+    """Every method's gain over the seeds, but for the points of curves."""
     head = ("method", "gain", "95% interval", "harmed", "bytes", "by seed")
     rows: Rows = [
         (
@@ -33,13 +33,20 @@ def seeds(summary: Summary) -> Drawn:
             ", ".join(f"{gain:.4f}" for gain in method["seed_gains"]),
         )
         for name, method in summary["methods"].items()
+        if name not in summary.get("curves", ())
     ]
     return head, rows
 
 
 def claims(summary: Summary) -> Drawn:
-    """By how much the first of two methods is better, in the record's order."""
-    rows: Rows = [(f"`{claim['better']}` - `{claim['worse']}`", *_claimed(claim)) for claim in summary["claims"]]
+    """By how much the first of two methods is better, in the record's order: in bits, and in the run's quality where
+    that is another."""
+    rows: Rows = []
+    for claim in summary["claims"]:
+        name = f"`{claim['better']}` - `{claim['worse']}`"
+        rows.append((name, *_claimed(claim)))
+        if "quality" in claim:
+            rows.append((f"{name}, {summary['quality']}", *_claimed(claim["quality"])))
     return ("difference of gains", *_CLAIMED), rows
 
 

@@ -9,6 +9,24 @@ from typing import Any
 Record = Mapping[str, Any]
 
 FIGURES: Mapping[str, Mapping[str, str]] = {
+    "meta": {
+        "users": "users in the block",
+        "steps": "inner steps, K",
+        "maml_users_per_second": "exact MAML, users per second",
+        "loop_users_per_second": "a plain loop over users",
+        "vmap_users_per_second": "stacked by `torch.func.vmap`",
+        "speedup": "over the loop",
+        "over_vmap": "over vmap",
+        "peak_mib": "MiB held at most for the block",
+        "recomputed_users_per_second": "with recomputation, users per second",
+        "recomputed_peak_mib": "MiB held at most for the block, with recomputation",
+        "max_relative_difference": "largest relative difference to the loop",
+        "by_steps.steps": "by inner steps, K",
+        "by_steps.users_per_second": "users per second",
+        "by_steps.peak_mib": "MiB held at most for the block",
+        "by_steps.delta_rounds": "time of a round of plain delta, times",
+        "by_steps.gradients": "the same counted in gradients",
+    },
     "throughput": {
         "workload": "workload",
         "engine_fp32": "this engine in fp32, users per second",
