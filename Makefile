@@ -41,7 +41,7 @@ gate: venv
 	for name in $(GATE); do cp runs/gate-$$name/sweep.json simulations/results/gate-$$name.json || exit 1; done
 	$(BIN)/python -m simulations.documents
 
-META := digits docs code continual ablations
+META := digits docs code continual classes ablations
 
 # As for the gate. The documents' users need an encoder of 90 MB, whose own dependencies are left out.
 meta: venv

@@ -141,6 +141,14 @@ def score(
 
 
 @ask.command()
+def begin_anew(user: User, *, agent: Address, seconds: Seconds = 60.0) -> None:
+    """Have a user's next personalisation begin a course of tasks; its personal values stay meanwhile."""
+    with _agent(agent) as client:
+        done = client.begin_anew(user, seconds)
+    typer.echo("removed: what it remembers of its tasks" if done.had_course else "nothing to remove: no course began")
+
+
+@ask.command()
 def forget(user: User, *, agent: Address, seconds: Seconds = 60.0) -> None:
     """Have the device forget what it made of a user's data; says what that cannot undo."""
     with _agent(agent) as client:
