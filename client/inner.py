@@ -5,13 +5,13 @@ Everything that it depends on, the copies that `Learner.copies` makes, may requi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from client.adapt import freeze_factors
+from client.adapt import freeze_factors, row_gradients
 from federation.data.population import Batch
 from federation.learner import ActiveUnits, Learner
 from federation.pool.model import PooledModel
@@ -55,20 +55,8 @@ class Inner:
         freeze_factors(gradients, self.model.spec.modules, self.factors)
         return self.learner.rule.step(parameters, start, now, gradients, at), loss_u.detach()
 
-    def steps(
-        self, copies: Mapping[str, Tensor], batches: Iterator[Batch] | Sequence[Batch]
-    ) -> Iterator[tuple[Stepped, Tensor]]:
-        """The rows after each batch's step, of first order, and the loss before it."""
-        start, parameters = self.start(copies), self.parameters(copies)
-        now = self.learner.rule.begin(start)
-        for at, batch in enumerate(batches):
-            now, loss_u = self.first_order(parameters, start, now, batch, at)
-            yield now, loss_u
-
     def _gradients(self, rows: Rows, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        leaves = {name: row.detach().requires_grad_() for name, row in rows.items()}
-        with torch.enable_grad(), self.model.bound(leaves):
-            loss_u = self.model.loss(batch)
-            gradients = list(torch.autograd.grad(loss_u.sum(), list(leaves.values())))
+        with torch.enable_grad():
+            loss_u, gradients = row_gradients(self.model, rows, batch)
         freeze_factors(gradients, self.model.spec.modules, self.factors)
-        return loss_u.detach(), gradients
+        return loss_u, gradients

@@ -141,7 +141,7 @@ class CurvesConfig(Settings):
     """Few-shot curves: methods measured after so many steps, by users who own so many examples."""
 
     methods: tuple[str, ...] = Field((), description="whose curves are drawn; they tune")
-    steps: tuple[int, ...] = Field((0, 1, 2, 5, 10, 20), description="numbers of steps")
+    steps: tuple[int, ...] = Field((0, 1, 2, 5, 10, 20), min_length=1, description="numbers of steps")
     shots: tuple[PositiveInt, ...] = Field((), description="numbers of support examples owned; all by default")
 
 
@@ -228,22 +228,36 @@ class TaskConfig(Settings):
 
     @model_validator(mode="after")
     def _a_rule_learns_of_the_steps_that_serve(self) -> Self:
-        if self.meta.learns and self.local.train != "both":
+        if self.meta.adapts and self.local.train != "both":
             raise ValueError(
-                "a rule and a start are learned for steps of both factors, as users are served, got local.train = "
-                f"{self.local.train!r}; set it to 'both', or meta.rule.name = 'sgd' and meta.start.name = 'pool'"
+                f"meta.signal = {self.meta.signal!r} is of steps of both factors, as users are served, got "
+                f"local.train = {self.local.train!r}; set it to 'both', or meta.signal to 'delta'"
+            )
+        if self.meta.learns and self.gate.reward.steps:
+            raise ValueError(
+                f"rewards after steps are of plain SGD, got gate.reward.steps = {self.gate.reward.steps} with a "
+                "learned rule or start; set it to 0, or meta.rule.name = 'sgd' and meta.start.name = 'pool'"
             )
         return self
 
     @model_validator(mode="after")
     def _the_query_is_met_within_the_steps(self) -> Self:
         steps, meta = self.local.steps, self.meta
-        if max(meta.query_steps, default=0) > steps:
-            raise ValueError(f"meta.query_steps are at most local.steps ({steps}), got {meta.query_steps}; lower them")
+        if meta.query_steps and meta.query_steps[-1] != steps:
+            raise ValueError(
+                f"the last of meta.query_steps is local.steps ({steps}), since no step is taken for nothing, got "
+                f"{meta.query_steps}; correct one of them"
+            )
         if steps % meta.tasks or (self.local.different_batches != steps and meta.tasks > 1):
             raise ValueError(
                 f"each of meta.tasks ({meta.tasks}) takes as many of local.steps ({steps}), each with a batch of its "
                 "own; make the steps a multiple, and leave local.batches out"
+            )
+        told, met = max((self.local.gain_examples, *self.gate.windows)), steps // meta.tasks * self.local.examples
+        if meta.tasks > 1 and told > met:
+            raise ValueError(
+                f"a policy is told of the first of meta.tasks, of which a round draws {met} examples, got {told} in "
+                "local.gain_examples or gate.windows; lower them"
             )
         return self
 

@@ -119,11 +119,6 @@ def learner_of(meta: MetaConfig, local: LocalConfig, model: PooledModel) -> Lear
     return Learner(model.spec, rule, _network(meta.start, model))
 
 
-def learned_values(values: Values) -> dict[str, Tensor]:
-    """What of the trained state belongs to a learner."""
-    return {name: value for name, value in values.items() if name.split("/")[0] in LEARNED_PREFIXES}
-
-
 def _network(config: StartConfig, model: PooledModel) -> InitNetwork | None:
     if config.name == "pool":
         return None

@@ -53,8 +53,9 @@ def schema_of(learner: Learner, gate: GateSpec, config: GateConfig) -> Schema:
 def metric_names(config: TaskConfig, round_index: int) -> tuple[str, ...]:
     """What every user reports of a round (counted from 1): the gate's only where it chose the masks, or learned.
 
-    gate_entropy: as a share of the largest that the distribution can have. query_loss: after the inner steps, of users
-    whose inner loop taught something; withheld: 1 for the others, whose query_loss is the loss before the steps.
+    gate_entropy: as a share of the largest that the distribution can have. query_loss: after the last inner step, of
+    users whose inner loop taught something; withheld: 1 for the others, who send nothing of the pool and of what is
+    learned besides, and whose query_loss is the loss before the steps.
     """
     gate = config.gate
     taught = ("query_loss", "withheld") if config.meta.adapts and not gate.rests(round_index) else ()

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from federation import masks
-from federation.base import BaseModel
 from federation.config import RunConfig
 from federation.data.population import Population, as_array
 from federation.errors import ConfigError, PopulationError
+from federation.pool.model import PooledModel
 from federation.pool.spec import SECTION_PREFIX
 from federation.streams import UserIds
 from simulations.cached import check_caches, fitted_weights, mixed_loss
@@ -105,7 +105,9 @@ def check_methods(methods: Sequence[Method], population: Population, federations
     configs = {name: setup.config for name, setup in federations.items()}
     for method in methods:
         if method.mask == "head" or method.neighbours:
-            _check_head(method, federations[MAIN].model.base)
+            _check_head(method, federations[MAIN].model)
+        if method.shots:
+            _check_shots(method, population, federations[MAIN])
         if method.mask not in (*TEACHERS, "informed"):
             continue
         if not isinstance(population, Teacher):
@@ -127,11 +129,27 @@ def check_methods(methods: Sequence[Method], population: Population, federations
             )
 
 
-def _check_head(method: Method, base: BaseModel) -> None:
+def _check_head(method: Method, model: PooledModel) -> None:
+    base = model.base
     if base.head is None:
         raise ConfigError(
             f"the method {method.name!r} needs a base with a head that classifies, {base.name!r} has none; "
             "leave it out of evaluate.methods"
+        )
+    if base.head not in {m.name for m in model.spec.modules}:
+        raise ConfigError(
+            f"the method {method.name!r} needs the base's head {base.head!r} among the adapted layers; "
+            "add it to pool.target_modules, or leave the method out"
+        )
+
+
+def _check_shots(method: Method, population: Population, setup: Setup) -> None:
+    first = as_array(population.users("new")[:1])
+    owned = int((population.batch(first, "support", None, setup.streams).weight > 0).sum())
+    if method.shots > owned:
+        raise ConfigError(
+            f"a user owns {owned} support examples (user {first[0]} of {population.name!r}), got shots = "
+            f"{method.shots} in {method.name!r}; lower it, or give users more"
         )
 
 

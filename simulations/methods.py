@@ -11,7 +11,10 @@ Of those that tune:
 
     steps     how many steps; chosen from `evaluate.steps` by default
     shots     how many support examples the user owns, for the choice of its mask too; all by default
-    by        what steps: adam and sgd, whose rates are chosen, or rule, the federation's own (of those that learn one)
+
+Of `melpa`, `maml`, `fomaml` and `reptile`:
+
+    by        what steps: adam or sgd, whose rates are chosen, or rule, the steps that the pool was meta-trained for
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from client.task import row_format
 from federation.config import CurvesConfig, RunConfig
 from federation.errors import ConfigError
 from federation.formats import RowFormat
+from federation.meta_config import SignalName
 from federation.plugins import suggest
 from simulations.variants import MAIN, SHARED, federations_of
 
@@ -66,6 +70,11 @@ class MethodName:
         return self.base + (f"[{options}]" if options else "") + (f"@{self.written}" if self.written else "")
 
 
+def seen(windows: int, shots: int) -> int:
+    """How many of a user's support examples are seen, where it owns `shots` (0: enough)."""
+    return min(windows, shots) if shots else windows
+
+
 @dataclass(frozen=True)
 class Choice:
     """How users' masks are chosen, of the units of a federation's pool.
@@ -84,7 +93,7 @@ class Choice:
     @property
     def seen(self) -> int:
         """How many support examples there are to see."""
-        return min(self.windows, self.shots) if self.shots else self.windows
+        return seen(self.windows, self.shots)
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,7 @@ class Method:
     @property
     def seen(self) -> int:
         """How many support examples f_init is told of."""
-        return min(self.windows, self.shots) if self.shots else self.windows
+        return seen(self.windows, self.shots)
 
 
 def methods_of(config: RunConfig) -> list[Method]:
@@ -179,7 +188,7 @@ def known_methods(config: RunConfig) -> dict[str, Method]:
         Method("melpa", MAIN, "own", "rows", personal, k, windows, by="rule", learned=True),
         Method("maml", "maml", "own", "rows", personal, k, windows, by="rule", learned=True),
         Method("fomaml", "fomaml", "own", "rows", personal, k, windows, by="rule", learned=True),
-        Method("reptile", "reptile", "own", "rows", personal, k, windows, by="rule", learned=True),
+        Method("reptile", "reptile", "own", "rows", personal, k, windows, learned=True),
         Method("head_only", "fresh", "head", "rows", FP16, k),
         Method("neighbours", "base", "none", "nothing", FP16, 0, neighbours=True),
         Method("ngram_cache", "base", "none", "nothing", FP16, 0, cache=True),
@@ -211,12 +220,12 @@ def _method(name: MethodName, known: Mapping[str, Method], federations: Mapping[
     if method is None:
         raise ConfigError(f"unknown method {str(name)!r} in evaluate.methods; {suggest(name.base, known)}")
     method = replace(method, name=str(name))
-    if name.options:
+    if name.options or method.mask == "own":
         method = _with_options(method, name, federations)
     if name.written:
         method = replace(method, rows=_format(name))
     if method.mask == "own":
-        method = _as_its_federation(method, federations)
+        method = _as_its_federation(method, name, federations)
     policy = federations[method.source].gate.policy if method.source in federations else None
     if method.mask in ("gate", "other") and policy != "gate":
         raise ConfigError(
@@ -226,17 +235,28 @@ def _method(name: MethodName, known: Mapping[str, Method], federations: Mapping[
     return method
 
 
-def _as_its_federation(method: Method, federations: Mapping[str, RunConfig]) -> Method:
+def _as_its_federation(method: Method, name: MethodName, federations: Mapping[str, RunConfig]) -> Method:
     """The method with the masks that its federation trains with."""
-    if method.source not in federations:
-        raise ConfigError(
-            f"the method {method.name!r} serves by a federation called {method.source!r}, there is none; add "
-            f"[variants.{method.source}.meta] with signal = {method.source!r}, or leave the method out"
-        )
     config = federations[method.source]
-    if config.gate.policy == "all":
-        return replace(method, mask="all", budget=config.pool.rank)
-    return replace(method, mask=config.gate.policy)
+    signal = config.meta.signal
+    if name.base in get_args(SignalName) and method.source == name.base != signal:
+        raise ConfigError(
+            f"the method {name.base!r} serves by a federation with that signal, the variant {name.base!r} has "
+            f"meta.signal = {signal!r}; set it to {name.base!r}, or leave the method out"
+        )
+    if method.by == "rule" and not config.meta.adapts:
+        raise ConfigError(
+            f"by = 'rule' steps as the pool was meta-trained for, but meta.signal is {signal!r} in the federation "
+            f"{method.source!r}, in {method.name!r}; set it to 'fomaml' or 'maml', or write by=adam"
+        )
+    if config.gate.policy != "all":
+        return replace(method, mask=config.gate.policy)
+    if "budget" in name.options:
+        raise ConfigError(
+            f"a budget is of masks, but gate.policy is 'all' in the federation {method.source!r}, in {method.name!r}; "
+            "drop it"
+        )
+    return replace(method, mask="all", budget=config.pool.rank)
 
 
 def _with_options(method: Method, name: MethodName, federations: Mapping[str, RunConfig]) -> Method:
@@ -253,7 +273,9 @@ def _with_options(method: Method, name: MethodName, federations: Mapping[str, Ru
 
 
 def _options_of(method: Method) -> tuple[str, ...]:
-    tuned = _OF_TUNED if method.tuned != "nothing" else _OF_VOTES if method.neighbours else ()
+    tuned = _OF_TUNED if method.tuned != "nothing" and not method.cache else ()
+    if method.neighbours:
+        return _OF_VOTES
     return (*_OPTIONS.get(method.mask, ()), *tuned, *(("by",) if method.learned else ()))
 
 
@@ -267,6 +289,11 @@ def _with_tuning(method: Method, name: MethodName) -> Method:
 
 def _with_pool(method: Method, name: MethodName, federations: Mapping[str, RunConfig]) -> Method:
     pool = name.options.get("pool", method.source)
+    if pool not in federations and pool == name.base:
+        raise ConfigError(
+            f"the method {str(name)!r} serves by a federation called {pool!r}, there is none; add "
+            f"[variants.{pool}.meta] with signal = {pool!r}, or leave the method out"
+        )
     if pool not in federations:
         raise ConfigError(f"no federation is called {pool!r}, in {method.name!r}; {suggest(pool, federations)}")
     gate, rank = federations[pool].gate, federations[pool].pool.rank

@@ -7,7 +7,6 @@ import time
 import torch
 from torch import Tensor
 
-from federation.base import BaseModel, at_least_fp32
 from federation.data.population import Batch
 from federation.pool.model import PooledModel
 from simulations.controls import nearest_neighbours
@@ -22,16 +21,9 @@ def classes_of(model: PooledModel) -> int:
 def votes(model: PooledModel, support: Batch, test: Batch, neighbours: int) -> tuple[Tensor, Tensor, float]:
     """Each user's mean loss in nats and share of right answers on its test part (U,) twice, and the seconds it took."""
     started = time.perf_counter()
-    chance_umc = nearest_neighbours(
-        _features(model.base, support), support.targets, _features(model.base, test), neighbours, classes_of(model)
-    )
+    seen, asked = model.example_features(support), model.example_features(test)
+    chance_umc = nearest_neighbours(seen, support.targets, support.weight, asked, neighbours, classes_of(model))
     loss_um = -chance_umc.gather(2, test.targets[..., None]).squeeze(2).log()
     right_um = (chance_umc.argmax(2) == test.targets).float()
-    share_um = test.weight / test.weight.sum(1, keepdim=True)
+    share_um = test.weight / test.weight.sum(1, keepdim=True).clamp_min(1e-12)
     return (loss_um * share_um).sum(1), (right_um * share_um).sum(1), time.perf_counter() - started
-
-
-def _features(base: BaseModel, batch: Batch) -> Tensor:
-    """Of each example, (U, N, F)."""
-    features = base.features(base.module, batch.flat()[0])
-    return at_least_fp32(features).view(*batch.weight.shape, -1)

@@ -45,8 +45,8 @@ def provenance() -> dict[str, Any]:
 
 def method_table(evaluation: Evaluation) -> dict[str, dict[str, float]]:
     """One entry per method. All of mean, p10, p90 and se are of the gain over `base`, in bits per character; `loss` is
-    the mean loss, `quality` the mean of the run's quality, where that is another, and quality_se its error. se is paired and clustered by group;
-    harmed is the share of users worse off than with `base`."""
+    the mean loss, `quality` the mean of the run's quality, where that is another, and quality_se its error. Errors are
+    clustered by group, se is paired; harmed is the share of users worse off than with `base`."""
     base_u = evaluation.results[0].loss_u
     return {r.method.name: _method_entry(r, base_u, evaluation.groups_u) for r in evaluation.results}
 

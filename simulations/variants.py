@@ -6,8 +6,8 @@ A run's own variants are tables of settings, as in
     name = "disarm"
 
 and two are built in: "shared" is one dense LoRA of rank k for everyone by federated averaging, a pool of k units that
-all users use, of which each sends its plain difference; "random" is the same federation with random masks. Variants have as many client visits as the main
-federation, unless they say otherwise.
+all users use, of which each sends its plain difference; "random" is the same federation with random masks. Variants
+have as many client visits as the main federation, unless they say otherwise.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from federation.config import MetaConfig, PluginConfig, RunConfig
 from federation.errors import ConfigError
+from federation.meta_config import RuleConfig
 from federation.settings import Settings, parse
 
 MAIN = "pool"
@@ -113,10 +114,13 @@ def _over(main: RunConfig, name: str, settings: Mapping[str, Any]) -> RunConfig:
 
 
 def _changed(settings: Settings, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings as tables, with changes in their places; another plugin does not inherit options."""
+    """The settings as tables, with changes in their places. What depends on a name, another name does not inherit."""
     data = settings.model_dump()
-    if isinstance(settings, PluginConfig) and changes.get("name", settings.name) != settings.name:
+    renamed = changes.get("name", data.get("name")) != data.get("name")
+    if renamed and isinstance(settings, PluginConfig):
         data["options"] = {}
+    if renamed and isinstance(settings, RuleConfig):
+        data["learning_rate"] = None
     for key, value in changes.items():
         own = getattr(settings, key, None)
         data[key] = _changed(own, value) if isinstance(own, Settings) and isinstance(value, Mapping) else value

@@ -107,12 +107,14 @@ class PooledModel:
         return (quality_un * batch.weight).sum(1) / batch.weight.sum(1).clamp_min(1e-12)
 
     @torch.no_grad()
+    def example_features(self, batch: Batch) -> Tensor:
+        """Each example's features from the frozen base: (U, N, feature_width)."""
+        inputs, _ = self._cast(batch.flat())
+        return at_least_fp32(self.base.features(self.base.module, inputs)).view(*batch.weight.shape, -1)
+
     def features(self, batch: Batch) -> Tensor:
         """Each user's mean features from the frozen base: (U, feature_width)."""
-        inputs, _ = self._cast(batch.flat())
-        features = self.base.features(self.base.module, inputs)
-        features = at_least_fp32(features).view(*batch.weight.shape, -1)
-        weight = batch.weight[..., None]
+        features, weight = self.example_features(batch), batch.weight[..., None]
         return (features * weight).sum(1) / weight.sum(1).clamp_min(1e-12)
 
     def _cast(self, inputs_and_targets: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

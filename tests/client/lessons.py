@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from federation.data.population import Batch, Part
 from federation.errors import PopulationError
 from federation.learner import ActiveUnits
 from federation.pool.model import PooledModel
+from federation.rules import Stepped
 from federation.settings import parse
 from federation.state import initial_values
 from federation.streams import Streams, UserIds
@@ -79,6 +80,15 @@ def lesson_of(make: MakeBase, meta: Mapping[str, Any], train: str = "both", **lo
         task.config.meta.query_steps or (settings.steps,),
         task.config.meta.recompute,
     )
+
+
+def steps_of(inner: Inner, copies: Mapping[str, Tensor], batches: Iterable[Batch]) -> Iterator[tuple[Stepped, Tensor]]:
+    """The rows after each batch's step, of first order, and the loss before it."""
+    start, parameters = inner.start(copies), inner.parameters(copies)
+    now = inner.learner.rule.begin(start)
+    for at, batch in enumerate(batches):
+        now, loss_u = inner.first_order(parameters, start, now, batch, at)
+        yield now, loss_u
 
 
 def query_loss(lesson: Lesson, copies: Mapping[str, Tensor]) -> Tensor:

@@ -35,6 +35,7 @@ from federation.formats import RowFormat, quantise
 from federation.streams import UserIds
 from simulations.compute.worker import Worker
 from simulations.setup import Setup
+from tests.client.lessons import steps_of
 from tests.simulations.tiny import tiny_config
 
 IDS = np.array([3, 61, 70])
@@ -181,7 +182,7 @@ def test_a_device_walks_as_the_inner_loop_of_a_round_from_the_same_start(
     context = task.model.features(known.signals.examples)
     inner = Inner(task.model, task.learner, active.units, context)
     copies = task.learner.copies(values, active.units)
-    *_, (last, _) = inner.steps(copies, seen)
+    *_, (last, _) = steps_of(inner, copies, seen)
     begun = inner.start(copies)
     for name, row in active.rows.items():
         torch.testing.assert_close(row + personal[name], last.rows[name].detach(), rtol=1e-5, atol=1e-6)

@@ -398,7 +398,7 @@ def test_neighbours_vote_as_in_a_loop(k: int) -> None:
     generator = torch.Generator().manual_seed(k)
     support, test = (torch.randn(3, n, 5, generator=generator) for n in (9, 4))
     targets = torch.randint(0, 4, (3, 9), generator=generator)
-    got = nearest_neighbours(support, targets, test, k, 4, temperature=0.2)
+    got = nearest_neighbours(support, targets, torch.ones(targets.shape), test, k, 4, temperature=0.2)
     for u in range(3):
         for m in range(4):
             similarity = [float(F.cosine_similarity(test[u, m], row, dim=0)) for row in support[u]]
