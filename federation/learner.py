@@ -23,6 +23,9 @@ START_SECTION = "start"
 
 LEARNED_PREFIXES = ("rates", "start")
 
+_LEARNED_RATE = 1e-2
+"""Of a learned rule, which moves an entry by about its rate in a step, whatever the gradient."""
+
 
 @dataclass(frozen=True)
 class ActiveUnits:
@@ -114,7 +117,8 @@ class Learner:
 
 def learner_of(meta: MetaConfig, local: LocalConfig, model: PooledModel) -> Learner:
     """The learner that a configuration describes, for a model's pool and features."""
-    rate = meta.rule.learning_rate or local.learning_rate
+    usual = _LEARNED_RATE if meta.rule.name == "learned" else local.learning_rate
+    rate = meta.rule.learning_rate or usual
     rule = rule_of(meta.rule, model.spec.modules, rate, local.steps)
     return Learner(model.spec, rule, _network(meta.start, model))
 

@@ -23,19 +23,10 @@ class RuleConfig(Settings):
 
     name: RuleName = Field("sgd", description="sgd; rates: per unit and step, with decay and momentum; learned: an MLP")
     learning_rate: PositiveFloat | None = Field(
-        None, description="that it begins at; of a learned rule per entry; of others local.learning_rate by default"
+        None, description="that it begins at; local.learning_rate by default, 0.01 an entry for a learned rule"
     )
     bound: float = Field(16.0, gt=1, le=1e3, description="a learned rate is within this factor of where it begins")
     hidden: PositiveInt = Field(8, description="width of the learned rule's hidden layer")
-
-    @model_validator(mode="after")
-    def _a_learned_rule_has_a_rate_of_its_own(self) -> Self:
-        if self.name == "learned" and self.learning_rate is None:
-            raise ValueError(
-                "a learned rule moves entries by about its rate in a step, whatever their gradients, got no "
-                "learning_rate; set 1e-2, say"
-            )
-        return self
 
 
 class StartConfig(Settings):

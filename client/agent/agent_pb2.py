@@ -4,90 +4,95 @@
 # source: client/agent/agent.proto
 # Protobuf Python Version: 6.33.5
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 6, 33, 5, "", "client/agent/agent.proto"
+    _runtime_version.Domain.PUBLIC,
+    6,
+    33,
+    5,
+    '',
+    'client/agent/agent.proto'
 )
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x18\x63lient/agent/agent.proto\x12\x11\x66\x65\x64quilt.agent.v1"*\n\x05\x43hunk\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c"\x1a\n\x07Version\x12\x0f\n\x07version\x18\x01 \x01(\t"\xa0\x01\n\x0cInstructions\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x13\n\x0bround_index\x18\x02 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x03\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\r\n\x05split\x18\x05 \x01(\t\x12\x11\n\tpositions\x18\x06 \x03(\x03\x12\x15\n\rdurable_round\x18\x07 \x01(\x03\x12\x0c\n\x04task\x18\x08 \x01(\t"Q\n\x04Work\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x13\n\x0bround_index\x18\x02 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x03\x12\x0f\n\x07version\x18\x04 \x01(\t"z\n\x10\x43ontributionPart\x12\x33\n\x04head\x18\x01 \x01(\x0b\x32#.fedquilt.agent.v1.ContributionHeadH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.fedquilt.agent.v1.ChunkH\x00\x42\x06\n\x04part"\xa6\x01\n\x10\x43ontributionHead\x12%\n\x04work\x18\x01 \x01(\x0b\x32\x17.fedquilt.agent.v1.Work\x12=\n\x05users\x18\x02 \x03(\x0b\x32..fedquilt.agent.v1.ContributionHead.UsersEntry\x1a,\n\nUsersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01"\x8a\x02\n\x08Measures\x12%\n\x04work\x18\x01 \x01(\x0b\x32\x17.fedquilt.agent.v1.Work\x12\x35\n\x05users\x18\x02 \x03(\x0b\x32&.fedquilt.agent.v1.Measures.UsersEntry\x12\x10\n\x08measured\x18\x03 \x01(\x03\x12\x33\n\x04sums\x18\x04 \x03(\x0b\x32%.fedquilt.agent.v1.Measures.SumsEntry\x1a,\n\nUsersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a+\n\tSumsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01"\x11\n\x0f\x44\x65scribeRequest"\xb9\x01\n\x0b\x44\x65scription\x12\x38\n\x05users\x18\x01 \x03(\x0b\x32).fedquilt.agent.v1.Description.UsersEntry\x12\r\n\x05order\x18\x02 \x01(\x03\x12\x10\n\x08versions\x18\x03 \x03(\t\x12\x0f\n\x07release\x18\x04 \x01(\t\x12\x10\n\x08software\x18\x05 \x01(\t\x1a,\n\nUsersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01"\x14\n\x04User\x12\x0c\n\x04user\x18\x01 \x01(\t"o\n\x0cPersonalised\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05steps\x18\x02 \x01(\x03\x12\x16\n\x0epersonal_bytes\x18\x03 \x01(\x03\x12\x13\n\x0bloss_before\x18\x04 \x01(\x01\x12\x12\n\nloss_after\x18\x05 \x01(\x01"[\n\x06Prompt\x12\x0c\n\x04user\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x12\n\nmax_tokens\x18\x03 \x01(\x03\x12\x13\n\x0btemperature\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x03"\x14\n\x04Text\x12\x0c\n\x04text\x18\x01 \x01(\t"%\n\x07Writing\x12\x0c\n\x04user\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t"G\n\x06Scored\x12\x0e\n\x06tokens\x18\x01 \x01(\x03\x12\x16\n\x0enats_per_token\x18\x02 \x01(\x01\x12\x15\n\rbits_per_char\x18\x03 \x01(\x01"I\n\tForgotten\x12\x12\n\nhad_values\x18\x01 \x01(\x08\x12\x13\n\x0b\x66\x65\x64\x65rations\x18\x02 \x01(\x03\x12\x13\n\x0b\x63\x61nnot_undo\x18\x03 \x03(\t"L\n\rRebaseRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x11\n\x04user\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06margin\x18\x03 \x01(\x01\x42\x07\n\x05_user"(\n\x07Rebased\x12\r\n\x05moved\x18\x01 \x01(\x03\x12\x0e\n\x06stayed\x18\x02 \x01(\x03"\x0f\n\rStatusRequest"\xd9\x01\n\rServingStatus\x12:\n\x05users\x18\x01 \x03(\x0b\x32+.fedquilt.agent.v1.ServingStatus.UsersEntry\x12\x14\n\x0cpersonalised\x18\x02 \x01(\x03\x12\x11\n\tforgotten\x18\x03 \x01(\x03\x12\x0f\n\x07release\x18\x04 \x01(\t\x12\x10\n\x08versions\x18\x05 \x03(\t\x12\x12\n\ndisk_bytes\x18\x06 \x01(\x03\x1a,\n\nUsersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x32\x99\x06\n\x05\x41gent\x12N\n\x08\x44\x65scribe\x12".fedquilt.agent.v1.DescribeRequest\x1a\x1e.fedquilt.agent.v1.Description\x12>\n\x04Keep\x12\x18.fedquilt.agent.v1.Chunk\x1a\x1a.fedquilt.agent.v1.Version(\x01\x12O\n\x05Train\x12\x1f.fedquilt.agent.v1.Instructions\x1a#.fedquilt.agent.v1.ContributionPart0\x01\x12H\n\x08\x45valuate\x12\x1f.fedquilt.agent.v1.Instructions\x1a\x1b.fedquilt.agent.v1.Measures\x12\x43\n\x05\x41\x64opt\x12\x1a.fedquilt.agent.v1.Version\x1a\x1e.fedquilt.agent.v1.Description\x12G\n\x0bPersonalize\x12\x17.fedquilt.agent.v1.User\x1a\x1f.fedquilt.agent.v1.Personalised\x12@\n\x08Generate\x12\x19.fedquilt.agent.v1.Prompt\x1a\x17.fedquilt.agent.v1.Text0\x01\x12>\n\x05Score\x12\x1a.fedquilt.agent.v1.Writing\x1a\x19.fedquilt.agent.v1.Scored\x12?\n\x06\x46orget\x12\x17.fedquilt.agent.v1.User\x1a\x1c.fedquilt.agent.v1.Forgotten\x12\x46\n\x06Rebase\x12 .fedquilt.agent.v1.RebaseRequest\x1a\x1a.fedquilt.agent.v1.Rebased\x12L\n\x06Status\x12 .fedquilt.agent.v1.StatusRequest\x1a .fedquilt.agent.v1.ServingStatusb\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63lient/agent/agent.proto\x12\x11\x66\x65\x64quilt.agent.v1\"*\n\x05\x43hunk\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x1a\n\x07Version\x12\x0f\n\x07version\x18\x01 \x01(\t\"\xa0\x01\n\x0cInstructions\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x13\n\x0bround_index\x18\x02 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x03\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\r\n\x05split\x18\x05 \x01(\t\x12\x11\n\tpositions\x18\x06 \x03(\x03\x12\x15\n\rdurable_round\x18\x07 \x01(\x03\x12\x0c\n\x04task\x18\x08 \x01(\t\"Q\n\x04Work\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x13\n\x0bround_index\x18\x02 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x03\x12\x0f\n\x07version\x18\x04 \x01(\t\"z\n\x10\x43ontributionPart\x12\x33\n\x04head\x18\x01 \x01(\x0b\x32#.fedquilt.agent.v1.ContributionHeadH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.fedquilt.agent.v1.ChunkH\x00\x42\x06\n\x04part\"\xa6\x01\n\x10\x43ontributionHead\x12%\n\x04work\x18\x01 \x01(\x0b\x32\x17.fedquilt.agent.v1.Work\x12=\n\x05users\x18\x02 \x03(\x0b\x32..fedquilt.agent.v1.ContributionHead.UsersEntry\x1a,\n\nUsersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\x8a\x02\n\x08Measures\x12%\n\x04work\x18\x01 \x01(\x0b\x32\x17.fedquilt.agent.v1.Work\x12\x35\n\x05users\x18\x02 \x03(\x0b\x32&.fedquilt.agent.v1.Measures.UsersEntry\x12\x10\n\x08measured\x18\x03 \x01(\x03\x12\x33\n\x04sums\x18\x04 \x03(\x0b\x32%.fedquilt.agent.v1.Measures.SumsEntry\x1a,\n\nUsersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a+\n\tSumsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x11\n\x0f\x44\x65scribeRequest\"\xb9\x01\n\x0b\x44\x65scription\x12\x38\n\x05users\x18\x01 \x03(\x0b\x32).fedquilt.agent.v1.Description.UsersEntry\x12\r\n\x05order\x18\x02 \x01(\x03\x12\x10\n\x08versions\x18\x03 \x03(\t\x12\x0f\n\x07release\x18\x04 \x01(\t\x12\x10\n\x08software\x18\x05 \x01(\t\x1a,\n\nUsersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\x14\n\x04User\x12\x0c\n\x04user\x18\x01 \x01(\t\"o\n\x0cPersonalised\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05steps\x18\x02 \x01(\x03\x12\x16\n\x0epersonal_bytes\x18\x03 \x01(\x03\x12\x13\n\x0bloss_before\x18\x04 \x01(\x01\x12\x12\n\nloss_after\x18\x05 \x01(\x01\"[\n\x06Prompt\x12\x0c\n\x04user\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x12\n\nmax_tokens\x18\x03 \x01(\x03\x12\x13\n\x0btemperature\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x03\"\x14\n\x04Text\x12\x0c\n\x04text\x18\x01 \x01(\t\"%\n\x07Writing\x12\x0c\n\x04user\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"G\n\x06Scored\x12\x0e\n\x06tokens\x18\x01 \x01(\x03\x12\x16\n\x0enats_per_token\x18\x02 \x01(\x01\x12\x15\n\rbits_per_char\x18\x03 \x01(\x01\"\x1f\n\tBegunAnew\x12\x12\n\nhad_course\x18\x01 \x01(\x08\"I\n\tForgotten\x12\x12\n\nhad_values\x18\x01 \x01(\x08\x12\x13\n\x0b\x66\x65\x64\x65rations\x18\x02 \x01(\x03\x12\x13\n\x0b\x63\x61nnot_undo\x18\x03 \x03(\t\"L\n\rRebaseRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x11\n\x04user\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06margin\x18\x03 \x01(\x01\x42\x07\n\x05_user\"(\n\x07Rebased\x12\r\n\x05moved\x18\x01 \x01(\x03\x12\x0e\n\x06stayed\x18\x02 \x01(\x03\"\x0f\n\rStatusRequest\"\xd9\x01\n\rServingStatus\x12:\n\x05users\x18\x01 \x03(\x0b\x32+.fedquilt.agent.v1.ServingStatus.UsersEntry\x12\x14\n\x0cpersonalised\x18\x02 \x01(\x03\x12\x11\n\tforgotten\x18\x03 \x01(\x03\x12\x0f\n\x07release\x18\x04 \x01(\t\x12\x10\n\x08versions\x18\x05 \x03(\t\x12\x12\n\ndisk_bytes\x18\x06 \x01(\x03\x1a,\n\nUsersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x32\xdd\x06\n\x05\x41gent\x12N\n\x08\x44\x65scribe\x12\".fedquilt.agent.v1.DescribeRequest\x1a\x1e.fedquilt.agent.v1.Description\x12>\n\x04Keep\x12\x18.fedquilt.agent.v1.Chunk\x1a\x1a.fedquilt.agent.v1.Version(\x01\x12O\n\x05Train\x12\x1f.fedquilt.agent.v1.Instructions\x1a#.fedquilt.agent.v1.ContributionPart0\x01\x12H\n\x08\x45valuate\x12\x1f.fedquilt.agent.v1.Instructions\x1a\x1b.fedquilt.agent.v1.Measures\x12\x43\n\x05\x41\x64opt\x12\x1a.fedquilt.agent.v1.Version\x1a\x1e.fedquilt.agent.v1.Description\x12G\n\x0bPersonalize\x12\x17.fedquilt.agent.v1.User\x1a\x1f.fedquilt.agent.v1.Personalised\x12@\n\x08Generate\x12\x19.fedquilt.agent.v1.Prompt\x1a\x17.fedquilt.agent.v1.Text0\x01\x12>\n\x05Score\x12\x1a.fedquilt.agent.v1.Writing\x1a\x19.fedquilt.agent.v1.Scored\x12\x42\n\tBeginAnew\x12\x17.fedquilt.agent.v1.User\x1a\x1c.fedquilt.agent.v1.BegunAnew\x12?\n\x06\x46orget\x12\x17.fedquilt.agent.v1.User\x1a\x1c.fedquilt.agent.v1.Forgotten\x12\x46\n\x06Rebase\x12 .fedquilt.agent.v1.RebaseRequest\x1a\x1a.fedquilt.agent.v1.Rebased\x12L\n\x06Status\x12 .fedquilt.agent.v1.StatusRequest\x1a .fedquilt.agent.v1.ServingStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "client.agent.agent_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'client.agent.agent_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_CONTRIBUTIONHEAD_USERSENTRY"]._loaded_options = None
-    _globals["_CONTRIBUTIONHEAD_USERSENTRY"]._serialized_options = b"8\001"
-    _globals["_MEASURES_USERSENTRY"]._loaded_options = None
-    _globals["_MEASURES_USERSENTRY"]._serialized_options = b"8\001"
-    _globals["_MEASURES_SUMSENTRY"]._loaded_options = None
-    _globals["_MEASURES_SUMSENTRY"]._serialized_options = b"8\001"
-    _globals["_DESCRIPTION_USERSENTRY"]._loaded_options = None
-    _globals["_DESCRIPTION_USERSENTRY"]._serialized_options = b"8\001"
-    _globals["_SERVINGSTATUS_USERSENTRY"]._loaded_options = None
-    _globals["_SERVINGSTATUS_USERSENTRY"]._serialized_options = b"8\001"
-    _globals["_CHUNK"]._serialized_start = 47
-    _globals["_CHUNK"]._serialized_end = 89
-    _globals["_VERSION"]._serialized_start = 91
-    _globals["_VERSION"]._serialized_end = 117
-    _globals["_INSTRUCTIONS"]._serialized_start = 120
-    _globals["_INSTRUCTIONS"]._serialized_end = 280
-    _globals["_WORK"]._serialized_start = 282
-    _globals["_WORK"]._serialized_end = 363
-    _globals["_CONTRIBUTIONPART"]._serialized_start = 365
-    _globals["_CONTRIBUTIONPART"]._serialized_end = 487
-    _globals["_CONTRIBUTIONHEAD"]._serialized_start = 490
-    _globals["_CONTRIBUTIONHEAD"]._serialized_end = 656
-    _globals["_CONTRIBUTIONHEAD_USERSENTRY"]._serialized_start = 612
-    _globals["_CONTRIBUTIONHEAD_USERSENTRY"]._serialized_end = 656
-    _globals["_MEASURES"]._serialized_start = 659
-    _globals["_MEASURES"]._serialized_end = 925
-    _globals["_MEASURES_USERSENTRY"]._serialized_start = 612
-    _globals["_MEASURES_USERSENTRY"]._serialized_end = 656
-    _globals["_MEASURES_SUMSENTRY"]._serialized_start = 882
-    _globals["_MEASURES_SUMSENTRY"]._serialized_end = 925
-    _globals["_DESCRIBEREQUEST"]._serialized_start = 927
-    _globals["_DESCRIBEREQUEST"]._serialized_end = 944
-    _globals["_DESCRIPTION"]._serialized_start = 947
-    _globals["_DESCRIPTION"]._serialized_end = 1132
-    _globals["_DESCRIPTION_USERSENTRY"]._serialized_start = 612
-    _globals["_DESCRIPTION_USERSENTRY"]._serialized_end = 656
-    _globals["_USER"]._serialized_start = 1134
-    _globals["_USER"]._serialized_end = 1154
-    _globals["_PERSONALISED"]._serialized_start = 1156
-    _globals["_PERSONALISED"]._serialized_end = 1267
-    _globals["_PROMPT"]._serialized_start = 1269
-    _globals["_PROMPT"]._serialized_end = 1360
-    _globals["_TEXT"]._serialized_start = 1362
-    _globals["_TEXT"]._serialized_end = 1382
-    _globals["_WRITING"]._serialized_start = 1384
-    _globals["_WRITING"]._serialized_end = 1421
-    _globals["_SCORED"]._serialized_start = 1423
-    _globals["_SCORED"]._serialized_end = 1494
-    _globals["_FORGOTTEN"]._serialized_start = 1496
-    _globals["_FORGOTTEN"]._serialized_end = 1569
-    _globals["_REBASEREQUEST"]._serialized_start = 1571
-    _globals["_REBASEREQUEST"]._serialized_end = 1647
-    _globals["_REBASED"]._serialized_start = 1649
-    _globals["_REBASED"]._serialized_end = 1689
-    _globals["_STATUSREQUEST"]._serialized_start = 1691
-    _globals["_STATUSREQUEST"]._serialized_end = 1706
-    _globals["_SERVINGSTATUS"]._serialized_start = 1709
-    _globals["_SERVINGSTATUS"]._serialized_end = 1926
-    _globals["_SERVINGSTATUS_USERSENTRY"]._serialized_start = 612
-    _globals["_SERVINGSTATUS_USERSENTRY"]._serialized_end = 656
-    _globals["_AGENT"]._serialized_start = 1929
-    _globals["_AGENT"]._serialized_end = 2722
+  DESCRIPTOR._loaded_options = None
+  _globals['_CONTRIBUTIONHEAD_USERSENTRY']._loaded_options = None
+  _globals['_CONTRIBUTIONHEAD_USERSENTRY']._serialized_options = b'8\001'
+  _globals['_MEASURES_USERSENTRY']._loaded_options = None
+  _globals['_MEASURES_USERSENTRY']._serialized_options = b'8\001'
+  _globals['_MEASURES_SUMSENTRY']._loaded_options = None
+  _globals['_MEASURES_SUMSENTRY']._serialized_options = b'8\001'
+  _globals['_DESCRIPTION_USERSENTRY']._loaded_options = None
+  _globals['_DESCRIPTION_USERSENTRY']._serialized_options = b'8\001'
+  _globals['_SERVINGSTATUS_USERSENTRY']._loaded_options = None
+  _globals['_SERVINGSTATUS_USERSENTRY']._serialized_options = b'8\001'
+  _globals['_CHUNK']._serialized_start=47
+  _globals['_CHUNK']._serialized_end=89
+  _globals['_VERSION']._serialized_start=91
+  _globals['_VERSION']._serialized_end=117
+  _globals['_INSTRUCTIONS']._serialized_start=120
+  _globals['_INSTRUCTIONS']._serialized_end=280
+  _globals['_WORK']._serialized_start=282
+  _globals['_WORK']._serialized_end=363
+  _globals['_CONTRIBUTIONPART']._serialized_start=365
+  _globals['_CONTRIBUTIONPART']._serialized_end=487
+  _globals['_CONTRIBUTIONHEAD']._serialized_start=490
+  _globals['_CONTRIBUTIONHEAD']._serialized_end=656
+  _globals['_CONTRIBUTIONHEAD_USERSENTRY']._serialized_start=612
+  _globals['_CONTRIBUTIONHEAD_USERSENTRY']._serialized_end=656
+  _globals['_MEASURES']._serialized_start=659
+  _globals['_MEASURES']._serialized_end=925
+  _globals['_MEASURES_USERSENTRY']._serialized_start=612
+  _globals['_MEASURES_USERSENTRY']._serialized_end=656
+  _globals['_MEASURES_SUMSENTRY']._serialized_start=882
+  _globals['_MEASURES_SUMSENTRY']._serialized_end=925
+  _globals['_DESCRIBEREQUEST']._serialized_start=927
+  _globals['_DESCRIBEREQUEST']._serialized_end=944
+  _globals['_DESCRIPTION']._serialized_start=947
+  _globals['_DESCRIPTION']._serialized_end=1132
+  _globals['_DESCRIPTION_USERSENTRY']._serialized_start=612
+  _globals['_DESCRIPTION_USERSENTRY']._serialized_end=656
+  _globals['_USER']._serialized_start=1134
+  _globals['_USER']._serialized_end=1154
+  _globals['_PERSONALISED']._serialized_start=1156
+  _globals['_PERSONALISED']._serialized_end=1267
+  _globals['_PROMPT']._serialized_start=1269
+  _globals['_PROMPT']._serialized_end=1360
+  _globals['_TEXT']._serialized_start=1362
+  _globals['_TEXT']._serialized_end=1382
+  _globals['_WRITING']._serialized_start=1384
+  _globals['_WRITING']._serialized_end=1421
+  _globals['_SCORED']._serialized_start=1423
+  _globals['_SCORED']._serialized_end=1494
+  _globals['_BEGUNANEW']._serialized_start=1496
+  _globals['_BEGUNANEW']._serialized_end=1527
+  _globals['_FORGOTTEN']._serialized_start=1529
+  _globals['_FORGOTTEN']._serialized_end=1602
+  _globals['_REBASEREQUEST']._serialized_start=1604
+  _globals['_REBASEREQUEST']._serialized_end=1680
+  _globals['_REBASED']._serialized_start=1682
+  _globals['_REBASED']._serialized_end=1722
+  _globals['_STATUSREQUEST']._serialized_start=1724
+  _globals['_STATUSREQUEST']._serialized_end=1739
+  _globals['_SERVINGSTATUS']._serialized_start=1742
+  _globals['_SERVINGSTATUS']._serialized_end=1959
+  _globals['_SERVINGSTATUS_USERSENTRY']._serialized_start=612
+  _globals['_SERVINGSTATUS_USERSENTRY']._serialized_end=656
+  _globals['_AGENT']._serialized_start=1962
+  _globals['_AGENT']._serialized_end=2823
 # @@protoc_insertion_point(module_scope)

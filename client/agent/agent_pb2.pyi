@@ -184,6 +184,12 @@ class Scored(_message.Message):
     bits_per_char: float
     def __init__(self, tokens: _Optional[int] = ..., nats_per_token: _Optional[float] = ..., bits_per_char: _Optional[float] = ...) -> None: ...
 
+class BegunAnew(_message.Message):
+    __slots__ = ("had_course",)
+    HAD_COURSE_FIELD_NUMBER: _ClassVar[int]
+    had_course: bool
+    def __init__(self, had_course: _Optional[bool] = ...) -> None: ...
+
 class Forgotten(_message.Message):
     __slots__ = ("had_values", "federations", "cannot_undo")
     HAD_VALUES_FIELD_NUMBER: _ClassVar[int]

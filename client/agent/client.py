@@ -113,6 +113,11 @@ class AgentClient:
         scored: pb.Scored = self._asked(self._stub.Score, pb.Writing(user=user, text=text), seconds)
         return scored
 
+    def begin_anew(self, user: str, seconds: float) -> pb.BegunAnew:
+        """Has the user's next personalisation begin a course."""
+        done: pb.BegunAnew = self._asked(self._stub.BeginAnew, pb.User(user=user), seconds)
+        return done
+
     def forget(self, user: str, seconds: float) -> pb.Forgotten:
         """Has the device forget what it made of a user's data; the answer says what that cannot undo."""
         done: pb.Forgotten = self._asked(self._stub.Forget, pb.User(user=user), seconds)

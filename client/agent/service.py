@@ -94,6 +94,10 @@ class AgentService:
         with _turn(self._writing, context):
             return pb.Scored(**vars(self._writer.score(request.user, request.text)))
 
+    def BeginAnew(self, request: pb.User, context: Any) -> pb.BegunAnew:
+        with _turn(self._personal, context):
+            return pb.BegunAnew(**vars(self._serving.begin_anew(request.user)))
+
     def Forget(self, request: pb.User, context: Any) -> pb.Forgotten:
         with _turn(self._federated, context), _turn(self._personal, context):
             return pb.Forgotten(**vars(self._serving.forget(request.user)))

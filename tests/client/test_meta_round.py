@@ -37,7 +37,7 @@ META: dict[str, dict[str, Any]] = {
     "reptile": {"signal": "reptile"},
     "fomaml": {"signal": "fomaml"},
     "fomaml, rates": {"signal": "fomaml", "rule": {"name": "rates"}},
-    "fomaml, learned": {"signal": "fomaml", "rule": {"name": "learned"}, "start": {"name": "universal"}},
+    "fomaml, learned": {"signal": "fomaml", "rule": {"name": "learned", "learning_rate": 0.01}, "start": {"name": "universal"}},
     "maml": {"signal": "maml"},
     "maml, recomputed": {"signal": "maml", "recompute": True, "rule": {"name": "rates"}},
     "maml, everything": {"signal": "maml", "rule": {"name": "rates"}, "start": {"name": "contextual"}},
@@ -260,7 +260,7 @@ def test_several_tasks_of_users_that_have_none_are_refused(wrapped: bool) -> Non
 
 
 def test_more_tasks_than_there_are_are_refused() -> None:
-    case = task_of(models.mlp, {"signal": "maml", "tasks": 4}, steps=4)
+    case = task_of(models.mlp, {"signal": "maml", "tasks": 4}, steps=4, gain_examples=3)
     with pytest.raises(PopulationError):
         round_data(tasks(3), np.array([1]), case.local, STREAMS)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -14,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import client.serving
+import client.one_user
+from client.continual.kept import course_from
 from client.node import Node, NodeConfig
 from client.personal_store import Kept
 from client.pools import NEWEST
-from client.serving import CANNOT_UNDO, Forgotten, Rebased, Serving, ServingStatus
+from client.serving import CANNOT_UNDO, BegunAnew, Forgotten, Rebased, Serving, ServingStatus
 from federation.config import PopulationConfig, RunConfig
 from federation.data import texts
 from federation.errors import NodeError, StoreError
@@ -232,6 +235,29 @@ def test_tuning_that_diverges_keeps_what_there_was(node: Node) -> None:
     assert equal(rows_of(serving, "2"), rows)
 
 
+@pytest.mark.parametrize(
+    ("meta", "blamed"),
+    [
+        ({"signal": "reptile"}, r"personal\.learning_rate \(1e\+31\)"),
+        ({"signal": "maml"}, r"local\.learning_rate \(1e\+30\)"),
+        ({"signal": "fomaml", "rule": {"learning_rate": 1e29}}, r"meta\.rule\.learning_rate \(1e\+29\)"),
+        (
+            {"signal": "maml", "rule": {"name": "rates"}},
+            r"local\.learning_rate \(1e\+30\) or meta\.rule\.bound \(16\.0\)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("continual", ["none", "online_ewc"])
+def test_what_is_too_high_is_what_the_steps_go_by(
+    node: Node, meta: dict[str, object], blamed: str, continual: str
+) -> None:
+    personal = TASK["personal"] | {"learning_rate": 1e31, "continual": {"rule": continual}, "rows": {"rows": "fp32"}}
+    released(node, config=task_config(meta=meta, personal=personal, local={"steps": 4, "learning_rate": 1e30}))
+    with pytest.raises(NodeError, match=rf"user '2' got (nan|inf); the federation's {blamed} is too high: lower it\."):
+        Serving(node).personalize("2")
+    assert node.personal.get(2) is None
+
+
 def pass_on(node: Node) -> str:
     """Three heads and a release more: nothing before them is kept for being new. Returns the release's version."""
     for round_index in range(20, 20 + NEWEST):
@@ -242,14 +268,14 @@ def pass_on(node: Node) -> str:
 def test_the_release_of_a_user_that_is_tuned_is_kept_whatever_arrives(
     node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serving, tune = Serving(node), client.serving.personal_values
+    serving, tune = Serving(node), client.one_user.personal_values
     first = released(node)
 
     def tuned_slowly(*args: object) -> object:
         pass_on(node)
         return tune(*args)
 
-    monkeypatch.setattr(client.serving, "personal_values", tuned_slowly)
+    monkeypatch.setattr(client.one_user, "personal_values", tuned_slowly)
     assert serving.personalize("2").version == first
     rows = rows_of(serving, "2")
     node.close()
@@ -259,7 +285,7 @@ def test_the_release_of_a_user_that_is_tuned_is_kept_whatever_arrives(
 
 
 def test_a_pool_that_is_lost_while_a_user_is_tuned_changes_nothing(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    serving, tune = Serving(node), client.serving.personal_values
+    serving, tune = Serving(node), client.one_user.personal_values
     released(node)
     serving.personalize("2")
     had = node.personal.get(2)
@@ -269,12 +295,92 @@ def test_a_pool_that_is_lost_while_a_user_is_tuned_changes_nothing(node: Node, m
         (node.config.state / "pools" / f"{lost}.safetensors").unlink()
         return tune(*args)
 
-    monkeypatch.setattr(client.serving, "personal_values", losing)
+    monkeypatch.setattr(client.one_user, "personal_values", losing)
     with pytest.raises(NodeError, match=f"{lost} is not kept any longer; nothing was changed, ask again") as error:
         serving.personalize("2")
     assert error.value.fault == "lacks version"
     assert node.personal.get(2) == had
     assert json.loads((node.config.state / "release.json").read_text())["pinned"] == sorted(node.personal.versions())
+
+
+# -------------------------------------------------------------------------------- several at a time
+
+IN_COURSE = {"personal": TASK["personal"] | {"continual": {"rule": "replay", "examples": 5}}}
+
+
+class SlowTask:
+    """Lets the first task that is learned from now on wait for the other's end, which a lost update needs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.other = threading.Event(), threading.Event()
+        learn = client.one_user.next_task
+
+        def slowly(*args: object) -> object:
+            found = learn(*args)
+            if not self.begun.is_set():
+                self.begun.set()
+                self.other.wait(0.3)
+            return found
+
+        monkeypatch.setattr(client.one_user, "next_task", slowly)
+
+    def beside(self, serving: Serving, other: Callable[[], object]) -> None:
+        """User 2 is personalised, and meanwhile `other` is called."""
+        with ThreadPoolExecutor(1) as aside:
+            first = aside.submit(serving.personalize, "2")
+            assert self.begun.wait(30)
+            other()
+            self.other.set()
+            first.result(30)
+
+
+def tasks_of(node: Node, user_id: int) -> int:
+    kept = node.personal.get(user_id)
+    assert kept is not None
+    names = [m.section for m in node.loaded(kept.version)[0].model.spec.modules]
+    return course_from(kept.memory, names).standing.tasks
+
+
+def test_two_personalisations_at_a_time_are_two_tasks(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = Serving(node)
+    released(node, config=task_config(**IN_COURSE))
+    SlowTask(monkeypatch).beside(serving, lambda: serving.personalize("2"))
+    assert tasks_of(node, 2) == 2
+
+
+def test_who_begins_anew_while_it_is_personalised_is_in_no_course(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = Serving(node)
+    released(node, config=task_config(**IN_COURSE))
+    serving.personalize("2")
+    answers: list[BegunAnew] = []
+    SlowTask(monkeypatch).beside(serving, lambda: answers.append(serving.begin_anew("2")))
+    kept = node.personal.get(2)
+    assert kept is not None
+    assert (answers, kept.memory) == ([BegunAnew(True)], b"")
+    assert serving.begin_anew("2") == serving.begin_anew("3") == BegunAnew(False)
+
+
+def test_who_is_moved_while_it_is_personalised_has_moved(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = Serving(node)
+    released(node, config=task_config(**IN_COURSE))
+    serving.personalize("2")
+    newer = node.keep(pool_of(node, task_config(**IN_COURSE), 5).to_bytes())
+    SlowTask(monkeypatch).beside(serving, lambda: serving.rebase(newer, margin=1e9))
+    assert (node.personal.versions(), tasks_of(node, 2)) == ({newer}, 2)
+
+
+def test_users_do_not_wait_for_one_another(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = Serving(node)
+    released(node, config=task_config(**IN_COURSE))
+
+    def other() -> None:
+        serving.personalize("3")
+        assert node.personal.users().tolist() == [3]
+
+    slow = SlowTask(monkeypatch)
+    monkeypatch.setattr(slow.other, "wait", lambda seconds: threading.Event.wait(slow.other, 30))
+    slow.beside(serving, other)
+    assert (tasks_of(node, 2), tasks_of(node, 3)) == (1, 1)
 
 
 # -------------------------------------------------------------------------------- rebasing
@@ -430,14 +536,14 @@ def test_a_user_of_whom_nothing_is_kept_can_be_forgotten_too(node: Node) -> None
 def test_values_that_are_made_while_the_user_is_forgotten_are_not_kept(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serving, tune = Serving(node), client.serving.personal_values
+    serving, tune = Serving(node), client.one_user.personal_values
     released(node)
 
     def forgotten_meanwhile(*args: object) -> object:
         serving.forget("2")
         return tune(*args)
 
-    monkeypatch.setattr(client.serving, "personal_values", forgotten_meanwhile)
+    monkeypatch.setattr(client.one_user, "personal_values", forgotten_meanwhile)
     with pytest.raises(StoreError, match="user 2 was forgotten, and nothing is kept of it"):
         serving.personalize("2")
     assert node.personal.forgotten().tolist() == [2]
@@ -447,7 +553,7 @@ def test_values_that_are_made_while_the_user_is_forgotten_are_not_kept(
 def test_a_mask_that_is_proposed_while_the_user_is_forgotten_is_not_remembered(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serving, propose = Serving(node), client.serving.task_mask
+    serving, propose = Serving(node), client.one_user.task_mask
     version = released(node)
     serving.model_of("3")
 
@@ -455,7 +561,7 @@ def test_a_mask_that_is_proposed_while_the_user_is_forgotten_is_not_remembered(
         serving.forget("2")
         return propose(*args)
 
-    monkeypatch.setattr(client.serving, "task_mask", forgotten_meanwhile)
+    monkeypatch.setattr(client.one_user, "task_mask", forgotten_meanwhile)
     serving.model_of("2")
     assert serving._masks.keys() == {(3, version)}
 

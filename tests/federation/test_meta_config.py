@@ -43,8 +43,23 @@ def test_what_is_learned_besides_the_pool_needs_an_outer_gradient(signal: str, l
         ),
         (
             [MAML, "local.steps=2", "meta.query_steps=[1, 3]"],
-            r"meta.query_steps are at most local.steps \(2\), got \(1, 3\); lower them",
+            r"the last of meta.query_steps is local.steps \(2\), .* got \(1, 3\); correct one of them",
         ),
+        (
+            [MAML, "local.train=up"],
+            r"meta.signal = 'maml' is of steps of both factors, .* local.train = 'up'; set it to",
+        ),
+        (
+            ["meta.signal=fomaml", "meta.rule.name=rates", "gate.reward.steps=2"],
+            r"rewards after steps are of plain SGD, got gate.reward.steps = 2 .*; set it to 0",
+        ),
+        (["meta.written.rows=int8"], r"meta: rows are written before a query loss, .* written = 'int8'; drop it"),
+        (
+            ["meta.tasks=2", "local.steps=4", "local.gain_examples=9"],
+            r"a policy is told of the first of meta.tasks, .* draws 8 examples, got 9 .*; lower them",
+        ),
+        (["meta.rule.bound=1e9"], r"meta.rule.bound: .*less than or equal to 1000"),
+        (["evaluate.curves.steps=[]"], r"evaluate.curves.steps: .*at least 1 item"),
         (
             ["meta.tasks=2", "local.steps=3"],
             r"each of meta.tasks \(2\) takes as many of local.steps \(3\), .*; make the steps a multiple",

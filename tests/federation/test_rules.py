@@ -24,7 +24,7 @@ OFF = -1e3
 
 
 def rule(name: str) -> Rule:
-    return rule_of(RuleConfig(name=name, bound=BOUND, hidden=HIDDEN), MODULES, RATE, STEPS)
+    return rule_of(RuleConfig(name=name, learning_rate=RATE, bound=BOUND, hidden=HIDDEN), MODULES, RATE, STEPS)
 
 
 def randoms(seed: int) -> dict[str, Tensor]:

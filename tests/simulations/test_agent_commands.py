@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typer.testing import CliRunner, Result
 
 from client.agent.security import TcpAddress, TlsFiles, UnixAddress
 from client.node import NodeConfig
+from client.serving import BegunAnew
 from federation.config import PopulationConfig
 from federation.errors import NodeError
 from simulations.cli import app
 from tests.client.agent.devices import MadeUp, agent_at
 
+HOUSE = Path(__file__).parents[2]
 TINY = Path(__file__).parent / "tiny.toml"
 
 
@@ -75,6 +78,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             ["ann"],
             "removed: its personal values, and its training state in 2 federations\nremains: copies\n",
         ),
+        (["begin-anew", "ann"], ["ann"], "removed: what it remembers of its tasks\n"),
         (["rebase"], ["status", ("r1-a", None, 0.0)], "r1-a: 3 users moved, 1 stayed with their own release\n"),
         (
             ["rebase", "r2-b", "--user", "ann", "--margin", 0.5],
@@ -118,6 +122,19 @@ def test_without_a_release_there_is_nothing_to_rebase_to(device: MadeUp, monkeyp
         2,
         "fedquilt: values move to a release, this agent serves none yet; name a version that it keeps\n",
     )
+
+
+def test_without_a_course_there_is_nothing_to_remove(device: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "begin_anew", lambda user: BegunAnew(False))
+    assert run("ask", "begin-anew", "ann").output == "nothing to remove: no course began\n"
+
+
+def test_the_commands_that_errors_name_are_there() -> None:
+    sources = (path.read_text() for path in (HOUSE / "client").rglob("*.py"))
+    named = {name for source in sources for name in re.findall(r"`fedquilt ask ([a-z-]+)", source)}
+    assert "begin-anew" in named
+    for name in named:
+        assert run("ask", name, "--help").exit_code == 0
 
 
 def test_a_refusal_ends_with_its_words(device: MadeUp) -> None:
@@ -199,6 +216,7 @@ def test_what_the_user_can_put_right_is_one_line(
         (["ask", "personalize"], "on its own data"),
         (["ask", "generate"], "go on with a text"),
         (["ask", "score"], "foretells a text"),
+        (["ask", "begin-anew"], "begin a course of tasks"),
         (["ask", "forget"], "cannot undo"),
         (["ask", "rebase"], "another release"),
         (["ask", "adopt"], "serve it from now on"),

@@ -11,7 +11,7 @@ from typing import Any
 from client.agent.security import TlsFiles, parse_address
 from client.agent.server import AgentServer
 from client.agent.service import AgentService
-from client.serving import Forgotten, Personalised, Rebased, ServingStatus
+from client.serving import BegunAnew, Forgotten, Personalised, Rebased, ServingStatus
 from client.writing import Scored
 from federation.exchange import Answer, Contribution, Description, Letter, Measures
 
@@ -71,6 +71,10 @@ class MadeUp:
     def score(self, user: str, text: str) -> Scored:
         self._note((user, text))
         return Scored(7, 1.5, 2.25)
+
+    def begin_anew(self, user: str) -> BegunAnew:
+        self._note(user)
+        return BegunAnew(True)
 
     def forget(self, user: str) -> Forgotten:
         self._note(user)

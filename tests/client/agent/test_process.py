@@ -177,9 +177,9 @@ def test_a_killed_agent_is_missed_and_comes_back_with_its_users(
 TUNES_FOR_EVER = f"""
 import time
 import client.agent.server
-import client.serving
+import client.one_user
 client.agent.server.GRACE_SECONDS = 0.2
-client.serving.personal_values = lambda *_: time.sleep({2 * SECONDS})
+client.one_user.personal_values = lambda *_: time.sleep({2 * SECONDS})
 {COMMAND}
 """
 

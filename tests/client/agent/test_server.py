@@ -30,7 +30,7 @@ from client.agent.messages import instructions_message
 from client.agent.security import Credentials, TlsFiles, UnixAddress
 from client.agent.server import CALLS, SERVICE_NAME, AgentServer
 from client.agent.service import WAITING, WRITING
-from client.serving import Forgotten, Personalised, Rebased, ServingStatus
+from client.serving import BegunAnew, Forgotten, Personalised, Rebased, ServingStatus
 from client.writing import Scored
 from federation.errors import ConfigError, FedquiltError, NodeError, StoreError
 from federation.exchange import FAULTS, Contribution, Instructions, Letter, Refusal
@@ -117,17 +117,19 @@ def test_apps_are_answered_as_by_the_device_itself(client: AgentClient, device: 
     answers: list[Any] = [
         client.personalize("ann", SECONDS),
         client.score("ann", "a text", SECONDS),
+        client.begin_anew("ann", SECONDS),
         client.forget("ann", SECONDS),
         client.rebase("r2-b", SECONDS, user="ann", margin=0.5),
         client.rebase("r2-b", SECONDS),
         client.status(SECONDS),
     ]
-    assert device.asked == ["ann", ("ann", "a text"), "ann", ("r2-b", "ann", 0.5), ("r2-b", None, 0.0), "status"]
+    assert device.asked == ["ann", ("ann", "a text"), "ann", "ann", ("r2-b", "ann", 0.5), ("r2-b", None, 0.0), "status"]
     for answer, own in zip(
         answers,
         (
             Personalised("r1-a", 40, 1234, 2.5, 1.25),
             Scored(7, 1.5, 2.25),
+            BegunAnew(True),
             Forgotten(True, 2, ("copies",)),
             Rebased(3, 1),
             Rebased(3, 1),
@@ -207,6 +209,7 @@ def test_each_kind_of_work_has_a_line_of_its_own_and_short_questions_have_none(
             assert under_way.acquire(timeout=SECONDS)
         for _, call in calls.values():
             wait_until(lambda call=call: fault_of(call) == "busy")
+        assert fault_of(lambda: client.begin_anew("ann", SECONDS)) == "busy"
         with pytest.raises(NodeError, match=f"worked on {WRITING} at a time and {WAITING} may wait"):
             list(client.generate("ann", "a prompt", SECONDS, max_tokens=1))
         assert client.status(SECONDS).personalised == 2
@@ -291,6 +294,7 @@ def test_a_refusal_arrives_as_it_was_said(client: AgentClient, device: MadeUp, f
         lambda: client.keep(b"pool", SECONDS),
         lambda: client.adopt("r1-a", SECONDS),
         lambda: client.personalize("ann", SECONDS),
+        lambda: client.begin_anew("ann", SECONDS),
         lambda: list(client.generate("ann", "a prompt", SECONDS, max_tokens=3)),
         lambda: client.status(SECONDS),
     ]
