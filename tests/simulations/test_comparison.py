@@ -174,6 +174,37 @@ def test_without_an_error_a_claim_has_no_z() -> None:
     assert (claim["difference"], claim["se"], claim["z"]) == (0, 0, None)
 
 
+def with_quality(seed: int, **quality: list[float]) -> MeasuredRun:
+    """A run with the quality of each user, by method."""
+    run = measured(seed)
+    return MeasuredRun(run.record, {**run.users, "quality": quality})
+
+
+def test_a_claim_is_of_the_runs_quality_too_where_it_is_not_the_loss() -> None:
+    """Higher is better, so the difference is not turned; its error against a loop over groups."""
+    generator = np.random.default_rng(4)
+    better_su, worse_su = generator.random((2, 8)), generator.random((2, 8))
+    runs = [with_quality(s, dsa_t2=better_su[s].tolist(), shared=worse_su[s].tolist()) for s in (0, 1)]
+    (claim,) = claims_over_seeds(runs, [("dsa_t2", "shared")])
+    ahead = [sum(better_su[s][u] - worse_su[s][u] for s in (0, 1)) / 2 for u in range(8)]
+    mean = sum(ahead) / 8
+    squares = sum(sum(a - mean for a, g in zip(ahead, GROUPS) if g == group) ** 2 for group in set(GROUPS))
+    se = (5 / 4 * squares) ** 0.5 / 8
+    found = claim["quality"]
+    assert (found["difference"], found["se"]) == pytest.approx((mean, se), abs=1e-6)
+    assert found["z"] == pytest.approx(mean / se, abs=1e-5)
+    assert found["seed_differences"] == pytest.approx((better_su - worse_su).mean(1), abs=1e-6)
+    (plain,) = claims_over_seeds([measured(0), measured(1)], [("dsa_t2", "shared")])
+    assert {name: value for name, value in claim.items() if name != "quality"} == plain
+
+
+@pytest.mark.parametrize("lacking", [{}, {"dsa_t2": [0.5] * 8}, {"shared": [0.5] * 8}])
+def test_without_the_quality_of_both_in_every_run_a_claim_is_of_the_loss(lacking: dict[str, list[float]]) -> None:
+    both = with_quality(0, dsa_t2=[0.5] * 8, shared=[0.25] * 8)
+    (claim,) = claims_over_seeds([both, with_quality(1, **lacking)], [("dsa_t2", "shared")])
+    assert "quality" not in claim
+
+
 def quality(f1: float, late: float | None = None) -> dict[str, Any]:
     """As `mask_quality` says it, of users of one type or two."""
     figures = {"f1": f1, "f1_of_type": f1 / 2, "reward_share": f1 - 0.1}

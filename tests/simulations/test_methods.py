@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from federation.config import load_config
 from federation.errors import ConfigError
 from federation.formats import RowFormat
-from simulations.methods import Choice, MethodName, methods_of, parsed_name, sources_of
+from simulations.methods import Choice, MethodName, curve_names, methods_of, parsed_name, sources_of
 
 OWN = (
     "variants.disarm.gate={estimator={name='disarm'}, budget=3}",
@@ -99,6 +99,19 @@ def test_methods_that_differ_in_an_option_are_tuned_apart() -> None:
             "called 'disram'.*did you mean 'disarm'.*free, plain, pool, random, shared",
         ),
         ("dsa_t0[pool=free,budget=4]", "Bernoulli gate has no budget.*'free'"),
+        ("dsa_t0[steps=2]", "has no option 'steps'.*known: budget, pool, windows"),
+        ("shared[shots=2]", "has no option 'shots'.*known: none"),
+        ("neighbours[steps=2]", "has no option 'steps'.*known: shots"),
+        ("shared_tuned[by=sgd]", "has no option 'by'.*known: shots, steps"),
+        ("melpa[by=lbfgs]", r"one of \('adam', 'sgd', 'rule'\), got by = 'lbfgs'"),
+        ("melpa", "by = 'rule' steps as the pool was meta-trained for, but meta.signal is 'delta'.*write by=adam"),
+        ("melpa[pool=mean]", "no federation is called 'mean'"),
+        ("maml", r"by a federation called 'maml', there is none; add \[variants.maml.meta\]"),
+        ("fomaml", "called 'fomaml', there is none"),
+        ("reptile@int8", r"'reptile@int8' .* called 'reptile', there is none"),
+        ("reptile[steps=2]", "by a federation called 'reptile', there is none"),
+        ("dsa_t2[shots=0]", "shots is a whole number from 1, got '0'"),
+        ("dsa_t2[steps=-1]", "steps is a whole number from 0, got '-1'"),
         ("dsa_t0[pool=plain]", "takes a gate's masks, but gate.policy is 'saliency' in the federation 'plain'"),
         ("other_mask[pool=random]", "takes a gate's masks, but gate.policy is 'random' in the federation 'random'"),
     ],
@@ -117,3 +130,86 @@ def test_a_gates_masks_need_a_gate(name: str) -> None:
 def test_a_variant_may_have_the_gate_that_the_main_federation_has_not() -> None:
     config = ["gate.policy=saliency", "variants.g.gate.policy=gate", "evaluate.methods=['dsa_t0[pool=g]']"]
     assert methods_of(load_config(None, config))[1].choice == Choice("gate", "g", 64, 8)
+
+
+@pytest.mark.parametrize(("policy", "budget"), [("gate", 5), ("random", 5), ("all", 32)])
+def test_what_was_meta_trained_is_served_with_the_masks_that_it_trained_with(policy: str, budget: int) -> None:
+    settings = ["meta.signal=maml", f"gate={{policy='{policy}', budget=5}}", "evaluate.methods=['melpa']"]
+    (_, melpa) = methods_of(load_config(None, settings))
+    assert (melpa.mask, melpa.budget, melpa.source, melpa.by, melpa.learned) == (policy, budget, "pool", "rule", True)
+    assert melpa.choice == (None if policy == "all" else Choice(policy, "pool", 64, 5))  # type: ignore[arg-type]
+
+
+def test_another_federation_may_serve_by_its_own_rule_and_masks() -> None:
+    (_, melpa) = methods("melpa[pool=plain,shots=2,windows=9,by=adam]")
+    assert melpa.choice == Choice("saliency", "plain", 9, 5, 2)
+    assert (melpa.source, melpa.by, melpa.seen) == ("plain", "adam", 2)
+
+
+def test_a_few_examples_are_all_that_a_choice_can_see() -> None:
+    seen = {name: choice(name).seen for name in ("dsa_t2", "dsa_t2[shots=3]", "dsa_t2[shots=3,windows=2]")}  # type: ignore[union-attr]
+    assert list(seen.values()) == [64, 3, 2]
+
+
+def test_the_head_and_votes_choose_nothing() -> None:
+    _, head, votes = methods("head_only", "neighbours[shots=2]")
+    assert (head.mask, head.source, head.choice, head.neighbours) == ("head", "fresh", None, False)
+    assert (votes.tuned, votes.source, votes.choice, votes.neighbours, votes.shots) == (
+        "nothing",
+        "base",
+        None,
+        True,
+        2,
+    )
+
+
+CURVES = "evaluate.curves={methods=['shared_tuned@int8', 'melpa[by=adam]'], steps=[0, 3], shots=[2, 4]}"
+
+
+def test_curves_are_every_method_at_every_amount_and_step() -> None:
+    config = load_config(None, [CURVES, "evaluate.methods=['shared']"])
+    names = curve_names(config.evaluate.curves)
+    places = [(shots, steps) for shots in (2, 4) for steps in (0, 3)]
+    assert names == [
+        *(f"shared_tuned[shots={shots},steps={steps}]@int8" for shots, steps in places),
+        *(f"melpa[by=adam,shots={shots},steps={steps}]" for shots, steps in places),
+    ]
+    found = methods_of(config)
+    assert [m.name for m in found] == ["base", "shared", *names]
+    assert [(m.shots, m.steps) for m in found[2:]] == places * 2
+
+
+def test_curves_without_amounts_are_of_all_examples_and_a_row_that_is_a_point_comes_once() -> None:
+    config = load_config(
+        None,
+        ["meta.signal=maml", "evaluate.curves={methods=['melpa'], steps=[5]}", "evaluate.methods=['melpa[steps=5]']"],
+    )
+    assert [(m.name, m.shots) for m in methods_of(config)] == [("base", 0), ("melpa[steps=5]", 0)]
+
+
+@pytest.mark.parametrize(
+    ("curves", "message"),
+    [
+        ("{methods=['neighbours']}", "'neighbours' has no option 'steps'"),
+        ("{methods=['dsa_t0']}", "'dsa_t0' has no option 'steps'"),
+        ("{methods=['melpa'], steps=[-1]}", "steps is a whole number from 0, got '-1'"),
+        ("{methods=['melpa'], shots=[0]}", "greater than 0"),
+    ],
+)
+def test_a_curve_that_cannot_be_is_refused(curves: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        methods_of(load_config(None, [f"evaluate.curves={curves}"]))
+
+
+def test_the_budget_of_a_federations_own_masks_is_the_federations() -> None:
+    maml = "variants.maml={meta={signal='maml'}, gate={policy='saliency', budget=3}}"
+    found = methods_of(load_config(None, [maml, "gate.budget=5", "evaluate.methods=['maml', 'maml[steps=5]']"]))
+    assert [m.budget for m in found[1:]] == [3, 3]
+
+
+@pytest.mark.parametrize("name", ["melpa[budget=2]", "dsa_t2_cache[shots=3]"])
+def test_an_option_that_would_be_without_effect_is_refused(name: str) -> None:
+    """All units of a federation without masks are active; a cache reads all that a user owns."""
+    policy = "all" if name.startswith("melpa") else "gate"
+    with pytest.raises(ConfigError, match=r"a budget is of masks|has no option 'shots'"):
+        methods_of(load_config(None, ["meta.signal=maml", f"gate.policy={policy}", f"evaluate.methods=['{name}']"]))

@@ -178,3 +178,30 @@ def test_a_folder_with_another_configuration_is_not_taken_for_finished(swept: Pa
     result = sweep(TINY, *ASKED, "--seeds", 2, "--set", "local.learning_rate=0.01", "--out", swept)
     assert result.exit_code == 2
     assert "a run of another configuration" in result.stderr
+
+
+def test_the_points_of_curves_are_summarised_claimed_but_not_compared(tmp_path: Path) -> None:
+    asked = {
+        "evaluate.methods": "['dsa_t2', 'shared_tuned[shots=2,steps=1]']",
+        "evaluate.curves": "{methods=['dsa_t2', 'shared_tuned'], shots=[2], steps=[0, 1]}",
+        "evaluate.claims": "[['dsa_t2[shots=2,steps=1]', 'dsa_t2[ shots=2, steps=0 ]']]",
+        "gate.reward.quality.name": "accuracy",
+        "population.options.hit": "1.0",
+        "federation.rounds": "1",
+    }
+    sets = [text for key, value in asked.items() for text in ("--set", f"{key}={value}")]
+    result = sweep(TINY, *sets, "--seeds", 2, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "sweep.json").read_text())["variants"]["tiny"]
+    points = ["dsa_t2[shots=2,steps=0]", "dsa_t2[shots=2,steps=1]", "shared_tuned[shots=2,steps=0]"]
+    rows = ["base", "dsa_t2", "shared_tuned[shots=2,steps=1]"]
+    assert set(summary["methods"]) == {*rows[1:], *points}
+    assert (summary["curves"], summary["quality"]) == (points, "accuracy")
+    assert [(pair["a"], pair["b"]) for pair in summary["comparisons"]] == list(combinations(rows, 2))
+    (claim,) = summary["claims"]
+    assert (claim["better"], claim["worse"]) == (points[1], points[0])
+    records = [json.loads((tmp_path / name / "record.json").read_text()) for name in summary["runs"]]
+    for place, figure, sign in ((claim, "loss", -1), (claim["quality"], "quality", 1)):
+        values = [[record["methods"][name][figure] for name in points[1::-1]] for record in records]
+        assert place["seed_differences"] == pytest.approx([sign * (a - b) for a, b in values], abs=1e-5)
+    assert all({pair["a"], pair["b"]} <= set(rows) for record in records for pair in record["comparisons"])

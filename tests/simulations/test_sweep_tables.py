@@ -77,6 +77,22 @@ def test_a_claim_shows_its_standard_errors_and_its_seeds() -> None:
     assert rows[1][2] == NOTHING
 
 
+def test_the_points_of_curves_are_not_among_the_methods() -> None:
+    points = ["dsa_t2[shots=2,steps=0]", "dsa_t2[shots=2,steps=5]"]
+    summary = SUMMARY | {"methods": SUMMARY["methods"] | {name: method(0.25) for name in points}, "curves": points}
+    assert sweep_tables.seeds(summary) == sweep_tables.seeds(SUMMARY)
+    assert len(sweep_tables.seeds(summary | {"curves": []})[1]) == len(SUMMARY["methods"]) + 2
+
+
+def test_a_claim_has_a_row_for_the_runs_quality() -> None:
+    reached = {"difference": 0.125, "se": 0.05, "low": 0.025, "high": 0.225, "z": 2.5, "seed_differences": [0.1, 0.15]}
+    plain, other = SUMMARY["claims"]
+    _, rows = sweep_tables.claims(SUMMARY | {"quality": "accuracy", "claims": [plain | {"quality": reached}, other]})
+    assert [rows[0], rows[2]] == sweep_tables.claims(SUMMARY)[1]
+    name = "`dsa_t0` - `random_mask`, accuracy"
+    assert rows[1] == (name, "+0.1250", "+2.5", "+0.0250 to +0.2250", "+0.1000, +0.1500")
+
+
 def test_masks_show_the_range_of_their_seeds() -> None:
     _, rows = sweep_tables.masks(SUMMARY)
     assert rows[0] == ("`dsa_t0`", "0.450", "0.400 to 0.550", "90.0%", "85.0% to 100.0%")
