@@ -27,7 +27,7 @@ from typing import Literal, cast, get_args
 
 from client.personal import Tuned
 from client.task import row_format
-from federation.config import CurvesConfig, RunConfig
+from federation.config import CurvesConfig, EvaluateConfig, RunConfig
 from federation.errors import ConfigError
 from federation.formats import RowFormat
 from federation.meta_config import SignalName
@@ -149,17 +149,31 @@ def methods_of(config: RunConfig) -> list[Method]:
     federation, and for a gate's masks of a federation without a gate.
     """
     known, federations = known_methods(config), federations_of(config)
-    chosen = dict.fromkeys(["base", *config.evaluate.methods, *curve_names(config.evaluate.curves)])
+    written = dict.fromkeys(str(parsed_name(name)) for name in ("base", *config.evaluate.methods))
+    chosen = {**written, **dict.fromkeys(curve_names(config.evaluate.curves))}
     return [_method(parsed_name(name), known, federations) for name in chosen]
 
 
 def curve_names(curves: CurvesConfig) -> list[str]:
-    """The methods that make up the few-shot curves, as they are written."""
+    """The methods that make up the few-shot curves, by the names that tables have.
+
+    Raises ConfigError for one that is a point already.
+    """
     found = []
     for name, shots, steps in product(map(parsed_name, curves.methods), curves.shots or (0,), curves.steps):
+        if set(name.options) & set(_OF_TUNED):
+            raise ConfigError(
+                f"a curve has the steps and shots of evaluate.curves, got {str(name)!r} in its methods; leave them out"
+            )
         few = {"shots": str(shots)} if shots else {}
         found.append(str(replace(name, options={**name.options, **few, "steps": str(steps)})))
     return found
+
+
+def points_alone(config: EvaluateConfig) -> list[str]:
+    """The points of curves that are no rows of the table."""
+    rows = {str(parsed_name(name)) for name in config.methods}
+    return [name for name in curve_names(config.curves) if name not in rows]
 
 
 def known_methods(config: RunConfig) -> dict[str, Method]:

@@ -24,7 +24,7 @@ from simulations.compute.workers import Workers, on_device, start_workers
 from simulations.evaluate import Evaluation, check_methods, evaluate, federated_users
 from simulations.federate import CHECKPOINTS_NAME, RoundReport, federate, last_checkpoint, read_history
 from simulations.mask_quality import mask_quality
-from simulations.methods import curve_names, methods_of, sources_of
+from simulations.methods import methods_of, points_alone, sources_of
 from simulations.populations.text import prepare
 from simulations.pretrain import describe_base
 from simulations.progress import Progress, Silent, Stage
@@ -277,7 +277,7 @@ def _record(
         record["splits"] |= {"measured": len(evaluation.user_ids), "groups": len(set(evaluation.groups_u.tolist()))}
         record["base_bits_per_char"] = float(evaluation.results[0].loss_u.mean())
         record["methods"] = method_table(evaluation)
-        record["comparisons"] = comparisons(evaluation, curve_names(config.evaluate.curves))
+        record["comparisons"] = comparisons(evaluation, points_alone(config.evaluate))
         record["masks"] = mask_quality(evaluation, population, federations)
     return record
 

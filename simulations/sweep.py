@@ -27,7 +27,7 @@ from simulations.comparison import (
     masks_over_seeds,
 )
 from simulations.compute.workers import on_device
-from simulations.methods import curve_names, methods_of, parsed_name
+from simulations.methods import methods_of, parsed_name, points_alone
 from simulations.progress import Progress
 from simulations.record import RECORD_NAME, USERS_NAME, paired, provenance, read_record, recorded_config, write_json
 from simulations.runs import CONFIG_NAME, run
@@ -158,7 +158,7 @@ def _summary(trials: Sequence[Trial], out: Path) -> dict[str, Any]:
     runs, setting = results(trials, out), over_seeds(trials, out)
     groups_u = np.asarray(runs[0].users["groups"], dtype=np.int64)
     evaluated = trials[0].config.evaluate
-    curves = [name for name in curve_names(evaluated.curves) if name not in evaluated.methods]
+    curves = points_alone(evaluated)
     compared = [name for name in runs[0].users["loss"] if name not in curves]
     losses = {name: np.mean([run.users["loss"][name] for run in runs], axis=0) for name in compared}
     return {
