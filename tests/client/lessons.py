@@ -61,9 +61,11 @@ def active_units(modules: int) -> ActiveUnits:
 def lesson_of(make: MakeBase, meta: Mapping[str, Any], train: str = "both", **local: Any) -> Lesson:
     """A lesson of three users; of the first, one example of each step and one of the query part are padding.
 
-    train: which factors step, as `LocalConfig` names them.
+    train: which factors step, as `LocalConfig` names them. Any of meta's query_steps will do.
     """
-    task = task_of(make, meta, **local)
+    settings_of_meta = dict(meta)
+    query_steps = tuple(settings_of_meta.pop("query_steps", ()))
+    task = task_of(make, settings_of_meta, **local)
     model, settings = task.model, task.config.local
     active = active_units(len(model.spec.modules))
     size = settings.examples
@@ -77,7 +79,7 @@ def lesson_of(make: MakeBase, meta: Mapping[str, Any], train: str = "both", **lo
         [support.window(i * size, (i + 1) * size) for i in range(settings.different_batches)],
         settings.steps,
         query,
-        task.config.meta.query_steps or (settings.steps,),
+        query_steps or (settings.steps,),
         task.config.meta.recompute,
     )
 
