@@ -26,10 +26,12 @@ from client.personal import (
 from client.personal_store import Kept
 from client.policies import Known
 from client.task import Task, row_format
+from federation import wire
 from federation.codec import decode_personal, encode_personal
 from federation.config import TaskConfig
 from federation.devices import making_tensors_on
-from federation.errors import CodecError, NodeError, StoreError
+from federation.errors import CodecError, DamagedValuesError, NodeError, StoreError
+from federation.learner import rate_of
 from federation.pool.model import PooledModel
 from federation.pool.spec import Rows
 from federation.streams import UserIds
@@ -76,13 +78,13 @@ class OneUser:
         """
         task, values = self.node.loaded(version)
         with making_tensors_on(self.node.device):
+            earlier, memory = self._earlier(version)
             known = task_known(task, values, self.node, self.ids)
             if goes_on(task.config):
-                active, personal, memory = self._next_task(version, known)
+                active, personal, memory = self._next_task(version, known, earlier, memory)
             else:
                 active = active_rows(values, task.model.spec, task_mask(task, known, self.ids))
                 personal = personal_values(task, active, tuning_of(task, values, known, active), self.node, self.ids)
-                memory = b""
         kept = Kept(version, _encoded(task, personal_sections(active, personal), version), memory)
         before = self._query_loss(task, active.rows)
         after = self._query_loss(task, self._rows(task, values, kept))
@@ -123,10 +125,11 @@ class OneUser:
         with making_tensors_on(self.node.device):
             return task_mask(task, task_known(task, values, self.node, self.ids), self.ids)
 
-    def _next_task(self, version: str, known: Known) -> tuple[ActiveRows, Rows, bytes]:
+    def _next_task(
+        self, version: str, known: Known, earlier: Mapping[str, Section], memory: bytes
+    ) -> tuple[ActiveRows, Rows, bytes]:
         """The user's rows in the pool, what it keeps of them after the next task of its course, and the course then."""
         task, values = self.node.loaded(version)
-        earlier, memory = self._earlier(version)
         try:
             active, course = next_task(task, values, known, earlier, memory, self.node, self.ids, version)
         except StoreError as error:
@@ -136,14 +139,23 @@ class OneUser:
         return active, {name: row - active.rows[name] for name, row in course.standing.rows.items()}, course.to_bytes()
 
     def _earlier(self, version: str) -> tuple[Mapping[str, Section], bytes]:
-        """What the user keeps, and its course; nothing for one that begins, since there was none or it is damaged."""
+        """What the user keeps, and its course; nothing for one that begins, since there was none or it is damaged.
+
+        Raises StoreError for a course where the release has none, and for values that another fedquilt can read.
+        """
+        task, _ = self.node.loaded(version)
         try:
             kept = self.node.personal.get(self.user_id)
             if kept is None or not kept.memory:
                 return {}, b""
+            if not goes_on(task.config):
+                raise StoreError(
+                    f"the course of user {self.name!r} cannot go on: the release {version} has no continual rule "
+                    f"(personal.continual.rule is 'none'); {HAVE_IT_BEGIN_ANEW}"
+                )
             if kept.version == version:
-                return self._sections(self.node.loaded(version)[0], kept), kept.memory
-        except StoreError:
+                return self._sections(task, kept), kept.memory
+        except DamagedValuesError:
             return {}, b""
         raise NodeError(
             "failed",
@@ -162,13 +174,17 @@ class OneUser:
             ) from error
 
     def _sections(self, task: Task, kept: Kept) -> dict[str, Section]:
-        """What the user's bytes keep. Raises StoreError when they are of another model."""
+        """What the user's bytes keep.
+
+        Raises DamagedValuesError when they are no values of its model, StoreError when a newer fedquilt wrote them.
+        """
         try:
             return decode_personal(kept.payload, personal_schema(task.model.spec, "rows"), kept.version)
         except CodecError as error:
-            raise StoreError(
-                f"personal values of user {self.name!r} cannot be read ({error}); personalise it again"
-            ) from error
+            unread = f"personal values of user {self.name!r} cannot be read ({error})"
+            if _of_newer_format(kept.payload):
+                raise StoreError(f"{unread}; upgrade this fedquilt, or {HAVE_IT_BEGIN_ANEW}") from error
+            raise DamagedValuesError(f"{unread}; personalise it again") from error
 
     def _rows(self, task: Task, values: Values, kept: Kept) -> dict[str, Tensor]:
         """The rows that the user's bytes stand for. Raises as `_sections`."""
@@ -179,6 +195,13 @@ class OneUser:
         batch = self.node.batch(self.ids, "query", None, task.streams)
         with making_tensors_on(self.node.device), torch.no_grad(), task.model.bound(rows):
             return float(task.model.loss(batch))
+
+
+def _of_newer_format(payload: bytes) -> bool:
+    if len(payload) < wire.HEAD.size:
+        return False
+    magic, version, _ = wire.HEAD.unpack_from(payload)
+    return bool(magic == wire.PERSONAL and version > wire.VERSION)
 
 
 def _encoded(task: Task, sections: Mapping[str, Section], version: str) -> bytes:
@@ -196,11 +219,8 @@ def _diverged(user: str, config: TaskConfig, loss: float) -> NodeError:
 
 def _rate(config: TaskConfig) -> str:
     """What sets how far a tuning step goes, with its value; see `tuning_of`."""
-    rule = config.meta.rule
     if not config.meta.adapts:
         return f"personal.learning_rate ({config.personal.learning_rate})"
-    if rule.learning_rate is None:
-        rate = f"local.learning_rate ({config.local.learning_rate})"
-    else:
-        rate = f"meta.rule.learning_rate ({rule.learning_rate})"
+    name, value = rate_of(config.meta, config.local)
+    rule, rate = config.meta.rule, f"{name} ({value})"
     return rate if rule.name == "sgd" else f"{rate} or meta.rule.bound ({rule.bound})"

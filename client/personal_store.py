@@ -31,7 +31,7 @@ import lmdb
 import numpy as np
 
 from client.environment import DAMAGE, make_environment, open_environment
-from federation.errors import StoreError
+from federation.errors import DamagedValuesError, StoreError
 from federation.streams import UserIds
 
 FORMAT_VERSION = 2
@@ -83,7 +83,7 @@ class PersonalStore:
     def get(self, user_id: int) -> Kept | None:
         """A user's values; None for one that was never personalised, or was forgotten.
 
-        Raises StoreError when they are damaged.
+        Raises DamagedValuesError when they are damaged, StoreError when they are of another format.
         """
         with self._transaction(write=False) as handle:
             value = bytes(handle.get(_key(user_id), _FORGOTTEN))
@@ -186,13 +186,13 @@ def _packed(user_id: int, kept: Kept) -> bytes:
 def _unpacked(user_id: int, value: bytes) -> Kept:
     body, checksum = value[:-_CRC_BYTES], value[-_CRC_BYTES:]
     if len(body) < 2 or int.from_bytes(checksum, "little") != crc32(_key(user_id) + body):
-        raise StoreError(
+        raise DamagedValuesError(
             f"the personal values of user {user_id} ({len(value)} bytes) fail their checksum; personalise it again"
         )
     if body[0] not in (_WITHOUT_MEMORY, FORMAT_VERSION):
         raise StoreError(
             f"personal values of user {user_id} are of format {body[0]}, this fedquilt reads up to {FORMAT_VERSION}; "
-            "use the release that wrote them, or personalise the user again"
+            "upgrade it, or use the release that wrote them"
         )
     end = 2 + body[1]
     version, rest = body[2:end].decode("ascii"), body[end:]

@@ -98,8 +98,9 @@ class Serving:
         """Tunes the user's rows on its support part, and keeps them, and what it is to remember.
 
         Raises NodeError before the first release, when the tuning diverged, and for a course on another release;
-        StoreError for a course by another rule; ConfigError for a continual rule that cannot be. Then the user has
-        what it had. Only a course that is damaged begins anew.
+        StoreError for a course by another rule, or where the release has none, and for values that cannot be read
+        but are not damaged; ConfigError for a continual rule that cannot be. Then the user has what it had. Only what
+        is damaged begins anew.
         """
         one = self._one(user)
         with self._turn(one.user_id):

@@ -10,7 +10,8 @@ A message states the rule, the value, the place and the remedy.
     │   └── PoolFormatError  a pool file of another release
     ├── CodecError         bytes that are not a valid update
     ├── StoreError         the user store is full, of another format, or cannot be used
-    │   └── DamagedShardError  a shard's data is damaged
+    │   ├── DamagedShardError  a shard's data is damaged
+    │   └── DamagedValuesError  a user's personal values are damaged
     ├── CheckpointError    no usable checkpoint
     ├── ExchangeError      what a server or a node said is not as agreed
     │   └── NodeError          a node cannot do what it was asked (.fault)
@@ -62,6 +63,10 @@ class DamagedShardError(StoreError):
 
     def __reduce__(self) -> tuple[type[DamagedShardError], tuple[str, int]]:
         return DamagedShardError, (str(self), self.shard)
+
+
+class DamagedValuesError(StoreError):
+    """A user's personal values are damaged: they fail their checksum, or their bytes are none of the format."""
 
 
 class CheckpointError(FedquiltError):

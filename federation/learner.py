@@ -117,10 +117,17 @@ class Learner:
 
 def learner_of(meta: MetaConfig, local: LocalConfig, model: PooledModel) -> Learner:
     """The learner that a configuration describes, for a model's pool and features."""
-    usual = _LEARNED_RATE if meta.rule.name == "learned" else local.learning_rate
-    rate = meta.rule.learning_rate or usual
-    rule = rule_of(meta.rule, model.spec.modules, rate, local.steps)
+    rule = rule_of(meta.rule, model.spec.modules, rate_of(meta, local)[1], local.steps)
     return Learner(model.spec, rule, _network(meta.start, model))
+
+
+def rate_of(meta: MetaConfig, local: LocalConfig) -> tuple[str, float]:
+    """The setting that says at what rate the update rule begins, and that rate."""
+    if meta.rule.learning_rate is not None:
+        return "meta.rule.learning_rate", meta.rule.learning_rate
+    if meta.rule.name == "learned":
+        return "meta.rule.learning_rate", _LEARNED_RATE
+    return "local.learning_rate", local.learning_rate
 
 
 def _network(config: StartConfig, model: PooledModel) -> InitNetwork | None:

@@ -18,8 +18,8 @@ from simulations.statistics import Floats
 class References:
     """What a user gets on each task without a sequence, (U, N) each.
 
-    before_ui: from the start, nothing adapted. alone_ui: adapted to that task alone, from the start. joint_ui: adapted
-    to the data of all tasks at once, from the start.
+    before_ui: at the rule's own start, nothing adapted. alone_ui: adapted to that task alone, from the start. joint_ui:
+    adapted to the data of all tasks at once, from the start.
     """
 
     before_ui: Floats
@@ -47,8 +47,8 @@ METRICS: Mapping[str, Words] = {
     ),
     "fwt": Words(
         "FWT: a head start",
-        "Quality on a task just before it is learned, over that of the start: above zero, earlier tasks help with one "
-        "that was not seen yet.",
+        "Quality on a task just before it is learned, over that of the rule's own start, where nothing was learned: "
+        "above zero, earlier tasks help with one that was not seen yet.",
     ),
     "fwt_over_alone": Words(
         "FWT, against learning it",
@@ -67,14 +67,14 @@ METRICS: Mapping[str, Words] = {
     ),
     "steps_to_target": Words(
         "Steps to target",
-        "Steps on a task until it is at nine tenths of what learning it alone gains; a task that does not get there "
-        "counts all its steps.",
+        "Steps on a task until it is at nine tenths of what learning it alone gains, looked at after 0, 1, 2, 4, 8, .. "
+        "steps and after the last; a task that does not get there counts all its steps.",
     ),
 }
 """What is measured of a rule, in the order of tables."""
 
 REFERENCES: Mapping[str, Words] = {
-    "before": Words("Before", "Nothing adapted: where every user starts."),
+    "before": Words("Before", "Nothing adapted: a user at the rule's own start."),
     "alone": Words("Alone", "Each task learned by itself, from the start: nothing to forget, and one model per task."),
     "joint": Words("Joint", "All tasks learned at once: what forgetting nothing could give."),
 }

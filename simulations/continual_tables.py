@@ -55,9 +55,9 @@ def example(continual: Continual) -> str:
         return ""
     rule, rows = found[0].rule, found[0].rows
     learned, end = rows[1][0], rows[-1][0]
-    change = end - learned
+    forgotten = shown(continual, learned - end)
     sign, points = ("%", " points") if continual["quality"] == "accuracy" else ("", " bits")
-    verdict = f"{shown(continual, -change)}{points} forgotten" if change < 0 else "nothing forgotten"
+    verdict = f"{forgotten}{points} forgotten" if float(forgotten) > 0 else "nothing forgotten"
     begun, right_after, left = (shown(continual, value) + sign for value in (rows[0][0], learned, end))
     bwt = _mean(continual, rule, "bwt") * scale(continual)
     return (

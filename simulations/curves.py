@@ -160,7 +160,8 @@ def _few_shots(
 
 def _frozen(methods: Mapping[str, Entry]) -> float:
     """A sweep's record leaves the frozen model out: NaN."""
-    return float(methods.get(REFERENCE, {}).get("quality") or float("nan"))
+    quality = methods.get(REFERENCE, {}).get("quality")
+    return float("nan") if quality is None else float(quality)
 
 
 def _band(entry: Entry, measured: bool) -> str:

@@ -11,6 +11,7 @@ from html import escape
 
 from simulations.continual_tables import Continual, Matrix, matrices, shown
 from simulations.curves import Curve, FewShots, owned
+from simulations.tables import NOTHING
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c")
 """Okabe and Ito's; one for each method, in the record's order."""
@@ -24,6 +25,7 @@ _STYLE = (
 _PANEL, _HEIGHT, _LEFT, _GAP, _LINE = 300, 230, 64, 26, 20
 _CELL, _CELL_HEIGHT, _ACROSS = 52, 24, 3
 _DARK, _BRIGHT = (0, 44, 94), (253, 231, 120)
+_UNKNOWN, _WHITE, _BLACK = "#d8dee4", "#ffffff", "#1f2328"
 
 
 def few_shot_curves(found: FewShots) -> str:
@@ -52,7 +54,7 @@ def task_matrices(continual: Continual) -> str:
     """A matrix for each rule: tasks across, what was learned so far down, all in one scale."""
     found = matrices(continual)
     tasks = len(found[0].rows[0])
-    values = [value for matrix in found for row in matrix.rows for value in row]
+    values = [value for matrix in found for row in matrix.rows for value in row if math.isfinite(value)] or [0.0]
     wide, high = 96 + tasks * _CELL + 24, 58 + (tasks + 1) * _CELL_HEIGHT + 18
     parts = [
         _matrix(continual, matrix, (min(values), max(values)), at % _ACROSS * wide, at // _ACROSS * high)
@@ -99,17 +101,21 @@ def _matrix(continual: Continual, matrix: Matrix, span: tuple[float, float], lef
         y = top + 52 + t * _CELL_HEIGHT
         parts.append(_text(first - 8, y + 16, label, "end", _SOFT))
         for i, value in enumerate(row):
-            share = (value - span[0]) / ((span[1] - span[0]) or 1.0)
-            x, fill = first + i * _CELL, _blend(share)
-            parts.append(
-                f'<rect x="{x:.1f}" y="{y:.1f}" width="{_CELL - 2}" height="{_CELL_HEIGHT - 2}" fill="{fill}"/>'
-            )
-            ink = "#ffffff" if share < 0.5 else "#1f2328"
-            cell = (
-                f'<text x="{x + _CELL / 2 - 1:.1f}" y="{y + 16:.1f}" text-anchor="middle" fill="{ink}" font-size="12">'
-            )
-            parts.append(f"{cell}{shown(continual, value)}</text>")
+            x = first + i * _CELL
+            if math.isfinite(value):
+                share = (value - span[0]) / ((span[1] - span[0]) or 1.0)
+                parts += _cell(x, y, shown(continual, value), _blend(share), _WHITE if share < 0.5 else _BLACK)
+            else:
+                parts += _cell(x, y, NOTHING, _UNKNOWN, _BLACK)
     return "".join(parts)
+
+
+def _cell(x: float, y: float, text: str, fill: str, ink: str) -> list[str]:
+    middle = x + _CELL / 2 - 1
+    return [
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{_CELL - 2}" height="{_CELL_HEIGHT - 2}" fill="{fill}"/>',
+        f'<text x="{middle:.1f}" y="{y + 16:.1f}" text-anchor="middle" fill="{ink}" font-size="12">{text}</text>',
+    ]
 
 
 def _ticks(found: FewShots) -> list[float]:

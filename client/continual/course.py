@@ -114,8 +114,8 @@ def begin(course: Course) -> Standing:
 def adapt_to(course: Course, now: Standing, examples: Examples, user_ids: UserIds, streams: Streams) -> Standing:
     """One task: the tuning's steps on the users' support part, after which the rule takes note.
 
-    Tasks of one course need streams of their own. A user without support examples, or whose rows do not stay finite,
-    keeps what it had.
+    Tasks of one course need streams of their own. A user without support examples, or whose rows or memory do not
+    stay finite, keeps what it had.
 
     Raises ConfigError, before the first step, when the rule would need more than `most_bytes`.
     """
@@ -125,9 +125,11 @@ def adapt_to(course: Course, now: Standing, examples: Examples, user_ids: UserId
     stepped, at = _steps(lesson, examples)
     finite_u = _finite(stepped.rows)
     present_u = support.weight.sum(1) > 0
-    taught_u = present_u & finite_u
     tuner, at = course.tuning.tuner.lasting(stepped, at)
-    memory = course.rule.after(lesson, stepped.rows) if taught_u.any() else now.memory
+    memory = course.rule.after(lesson, stepped.rows) if (present_u & finite_u).any() else now.memory
+    if memory:
+        finite_u = finite_u & _finite(memory)
+    taught_u = present_u & finite_u
     return Standing(
         tasks=now.tasks + 1,
         at=at,
@@ -173,13 +175,14 @@ def _check_bytes(lesson: Lesson) -> None:
         raise ConfigError(
             f"a user's memory is at most personal.continual.max_kib ({most / 1024:g} KiB), the rule {rule.name!r} "
             f"needs {needed} bytes after task {lesson.before.tasks + 1}; raise it, or take another rule, fewer active "
-            "units or fewer examples. What users had is as it was"
+            "units or fewer examples, where the federation is set up; on a device, have the user begin anew with "
+            "`fedquilt ask begin-anew`. What users had is as it was"
         )
 
 
-def _finite(rows: Rows) -> Tensor:
-    """(U,) bool."""
-    return torch.stack([row.flatten(1).isfinite().all(1) for row in rows.values()]).all(0)
+def _finite(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Users all of whose numbers are, (U,) bool."""
+    return torch.stack([t.isfinite().reshape(len(t), -1).all(1) for t in tensors.values()]).all(0)
 
 
 def _where(new_u: Tensor, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:

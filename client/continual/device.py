@@ -26,6 +26,11 @@ def goes_on(config: TaskConfig) -> bool:
     return config.personal.continual.rule != "none" or (config.meta.learns and config.meta.tasks > 1)
 
 
+def tuner_name(config: TaskConfig) -> str:
+    """What users' rows step by, as `tuning_of` has it: "adam", or the update rule's name."""
+    return config.meta.rule.name if config.meta.adapts else "adam"
+
+
 def next_task(
     task: Task,
     values: Values,
@@ -39,7 +44,8 @@ def next_task(
     """One user's rows in the pool of a version, and its course after the next task.
 
     kept, memory: what the user keeps and remembers of earlier tasks. Without a memory this is the first, by the mask
-    that is proposed now; a course stays with its mask and its start.
+    that is proposed now; a course stays with its mask and its start. Where its steps were by another tuner, the task's
+    counts anew.
 
     Raises StoreError when what is remembered is of another rule, pool or format, and as `course_of` and `adapt_to`.
     """
@@ -49,9 +55,10 @@ def next_task(
     earlier = course_from(memory, list(active.rows)) if memory else None
     start = tuning.start if earlier is None else earlier.start
     course = course_of(task.model, active, replace(tuning, start=start), task.config.personal.continual)
-    now = begin(course) if earlier is None else earlier.of(course.rule, version).standing
+    tuner = tuner_name(task.config)
+    now = begin(course) if earlier is None else earlier.of(course.rule, version).by(tuner).standing
     standing = adapt_to(course, now, examples, ids, task.streams.at(STREAM, "task", now.tasks))
-    return active, KeptCourse(standing, start, course.rule.name, course.rule.version, version)
+    return active, KeptCourse(standing, start, course.rule.name, course.rule.version, version, tuner)
 
 
 def kept_active(values: Values, spec: PoolSpec, kept: Mapping[str, Section]) -> ActiveRows:

@@ -2,13 +2,16 @@
 
 safetensors, with one entry of metadata, "fedquilt": JSON with the keys
 
-    format     "fedquilt course 1"
+    format     "fedquilt course 2"
     rule       the continual rule's name, and
     version    the version of what it remembers
     pool       version of the pool whose rows the user adapts
+    tuner      the tuner's name, as `tuner_name` of `client/continual/device.py` has it
     tasks, at  as in `Standing`
 
 Tensors, of one user, by prefix: "rows/", "start/" (none where rows start as the pool's), "tuner/" and "memory/".
+
+Format 1 did not say whose steps `at` and "tuner/" are of. It is refused: such a user begins anew.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from client.continual.course import ContinualRule, Standing
 from federation.errors import StoreError
 from federation.pool.spec import Rows
 
-FORMAT = "fedquilt course 1"
+FORMAT = "fedquilt course 2"
 ANCHOR = "anchor"
 """What names of remembered tensors begin with that are rows: they move with the pool."""
 
@@ -39,13 +42,17 @@ _UNREADABLE = (struct.error, SafetensorError, ValueError, KeyError, TypeError, O
 
 @dataclass(frozen=True)
 class KeptCourse:
-    """A user's course between two tasks. start: where its rows started, if not as the pool's. pool: its version."""
+    """A user's course between two tasks. start: where its rows started, if not as the pool's. pool: its version.
+
+    tuner: the name of what took the steps that `standing.at` counts and `standing.tuner` remembers.
+    """
 
     standing: Standing
     start: Rows | None
     rule: str
     rule_version: int
     pool: str
+    tuner: str
 
     def to_bytes(self) -> bytes:
         """Equal courses give equal bytes."""
@@ -55,6 +62,7 @@ class KeptCourse:
             "rule": self.rule,
             "version": self.rule_version,
             "pool": self.pool,
+            "tuner": self.tuner,
             "tasks": standing.tasks,
             "at": standing.at,
         }
@@ -77,6 +85,12 @@ class KeptCourse:
         if self.pool != pool:
             raise StoreError(f"what is remembered refers to the pool {self.pool}, the values to {pool}")
         return self
+
+    def by(self, tuner: str) -> KeptCourse:
+        """The same, whose next steps this tuner takes: of another's, none count and nothing is remembered."""
+        if self.tuner == tuner:
+            return self
+        return replace(self, standing=replace(self.standing, at=0, tuner={}), tuner=tuner)
 
     def moved(self, difference: Rows, pool: str) -> KeptCourse:
         """The same course on another pool, whose rows differ by so much from those that the user adapts.
@@ -116,7 +130,7 @@ def _read(payload: bytes, sections: Sequence[str]) -> KeptCourse:
     rows = {name: parts["rows"][name] for name in sections}
     nobody_u = torch.zeros(1, dtype=torch.bool)
     standing = Standing(said["tasks"], said["at"], rows, parts["tuner"], parts["memory"], nobody_u)
-    return KeptCourse(standing, parts["start"] or None, said["rule"], said["version"], said["pool"])
+    return KeptCourse(standing, parts["start"] or None, said["rule"], said["version"], said["pool"], said["tuner"])
 
 
 def _shifted(tensors: Mapping[str, Tensor], difference: Rows, prefix: str = "") -> dict[str, Tensor]:

@@ -31,7 +31,6 @@ from federation.errors import PopulationError
 log = logging.getLogger("fedquilt")
 
 DocsSplit = Literal["train", "new"]
-_DOCUMENTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _FILE = "docs.json"
 _TELLING_WORDS = 10
 """Two documentation strings that begin with the same words, so many of them, are copies."""

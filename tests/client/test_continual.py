@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from client.adapt import Adam, ByRule, tuned
+from client.continual import penalties
 from client.continual.course import Lesson, Memory, adapt_to, begin, bytes_of
 from client.continual.fisher import fisher
 from client.continual.penalties import TEMPERATURE
@@ -506,6 +507,29 @@ def test_who_has_nothing_or_diverges_keeps_what_it_had_and_others_do_not_notice(
                 assert torch.equal(tensor[user], had[key][user] if key in had else torch.zeros_like(tensor[user]))
             assert torch.equal(tensor[:2], undisturbed[key][:2])
     assert not all(torch.equal(after.rows[key][1], row[1]) for key, row in wild.rows.items())
+
+
+@pytest.mark.parametrize("rule", ["ewc", "online_ewc"])
+def test_who_would_remember_what_is_not_finite_keeps_what_it_had(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the squares of gradients overflow while the last user's rows do not, in the second task."""
+    course = course_with(models.mlp, rule)
+    stream = Stream.of(course.model.base, 2)
+    calm = taken(course, stream)
+
+    def overflowing(*args) -> dict[str, Tensor]:
+        found = fisher(*args)
+        next(iter(found.values()))[2, 0, 0] = torch.inf
+        return found
+
+    monkeypatch.setattr(penalties, "fisher", overflowing)
+    after = adapt_to(course, calm[1], stream.task(1), IDS, STREAMS.at("task", 1))
+    assert after.diverged_u.tolist() == [False, False, True]
+    for kind in ("rows", "memory"):
+        had, has, undisturbed = (getattr(standing, kind) for standing in (calm[1], after, calm[2]))
+        for name, tensor in has.items():
+            assert torch.equal(tensor[2], had[name][2] if name in had else torch.zeros_like(tensor[2]))
+            assert torch.equal(tensor[:2], undisturbed[name][:2])
+    assert all(row.isfinite().all() for row in calm[2].rows.values())
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from client import personal_store
 from client.continual.course import Standing, adapt_to, begin
-from client.continual.device import goes_on
+from client.continual.device import goes_on, kept_active
 from client.continual.kept import KeptCourse, course_from
 from client.continual.rules import course_of
 from client.node import Node
@@ -63,7 +65,7 @@ def kept_course(rule: str) -> tuple[KeptCourse, object]:
     course = alone(course_with(make, rule), 1)
     standing = taken(course, Stream.of(course.model.base, 2), np.array([1]))[-1]
     start = {name: row + 1.0 for name, row in course.active.rows.items()}
-    return KeptCourse(standing, start, course.rule.name, course.rule.version, "r3-00ff"), course.rule
+    return KeptCourse(standing, start, course.rule.name, course.rule.version, "r3-00ff", "adam"), course.rule
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -93,7 +95,8 @@ def test_the_bytes_are_those_of_the_table(tmp_path: Path) -> None:
     (tmp_path / "course").write_bytes(course.to_bytes())
     with safe_open(tmp_path / "course", "pt") as file:
         assert json.loads(file.metadata()["fedquilt"]) == {
-            "format": "fedquilt course 1", "rule": "online_ewc", "version": 1, "pool": "r3-00ff", "tasks": 2, "at": 0,
+            "format": "fedquilt course 2", "rule": "online_ewc", "version": 1, "pool": "r3-00ff", "tuner": "adam",
+            "tasks": 2, "at": 0,
         }  # fmt: skip
         sections = ("pool/0", "pool/2")
         names = {f"{part}/{m}" for part in ("rows", "start", "memory/fisher", "memory/anchor") for m in sections}
@@ -119,7 +122,7 @@ def test_bytes_that_are_no_course_are_refused(damage: str) -> None:
     changed = {
         "empty": b"",
         "cut": payload[: len(payload) // 2],
-        "format": payload.replace(b"fedquilt course 1", b"fedquilt course 2"),
+        "format": payload.replace(b"fedquilt course 2", b"fedquilt course 3"),
         "length": b"\xff" * 8 + payload[8:],
     }.get(damage, payload)
     with pytest.raises(StoreError, match=r"bytes are no course of this release of fedquilt"):
@@ -239,6 +242,64 @@ def test_values_of_another_rule_are_refused_until_the_course_begins_anew(node: N
     assert node.personal.get(3) is None
 
 
+def test_a_course_is_not_dropped_by_a_release_without_a_rule(node: Node) -> None:
+    serving = Serving(node)
+    for rule in (course_config("replay"), learned_config("none")):
+        released(node, config=rule)
+        serving.personalize("2")
+        newer = node.keep(pool_of(node, task_config(), 4).to_bytes())
+        node.adopt(newer)
+        for moved in (0, 1):
+            had = node.personal.get(2)
+            with pytest.raises(StoreError, match=r"course of user '2' cannot go on: .* no continual rule .*begin-anew"):
+                serving.personalize("2")
+            assert node.personal.get(2) == had
+            if not moved:
+                assert serving.rebase(newer, "2", margin=1e9) == Rebased(1, 0)
+        serving.begin_anew("2")
+        serving.personalize("2")
+        kept = node.personal.get(2)
+        assert kept is not None
+        assert (kept.version, kept.memory) == (newer, b"")
+
+
+LEARNED_BY_SGD = LEARNED | {"rule": {"name": "sgd"}}
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "at"),
+    [
+        (LEARNED, {}, 0),
+        (LEARNED, LEARNED_BY_SGD, 4),
+        (LEARNED_BY_SGD, LEARNED, 4),
+        (LEARNED, LEARNED, 8),
+    ],
+)
+def test_another_tuner_counts_anew(node: Node, first: dict[str, object], then: dict[str, object], at: int) -> None:
+    """It begins where the course stands, without a velocity that is not its own."""
+    serving, local = Serving(node), {"steps": 4, "learning_rate": 0.05}
+    released(node, config=course_config("replay", meta=first, local=local))
+    serving.personalize("2")
+    newer = released(node, 4, course_config("replay", meta=then, local=local))
+    assert serving.rebase(newer, "2", margin=1e9) == Rebased(1, 0)
+    stands = remembered(node, 2)
+    task, values = node.loaded(newer)
+    ids = np.array([2])
+    kept = node.personal.get(2)
+    assert kept is not None
+    sections = decode_personal(kept.payload, personal_schema(task.model.spec, "rows"), newer)
+    active = kept_active(values, task.model.spec, sections)
+    tuning = tuning_of(task, values, task_known(task, values, node, ids), active)
+    course = course_of(task.model, active, replace(tuning, start=stands.start), task.config.personal.continual)
+    same_tuner = first == then
+    begun = stands.standing if same_tuner else replace(stands.standing, at=0, tuner={})
+    expected = adapt_to(course, begun, node, ids, task.streams.at("serve", "task", 1))
+    serving.personalize("2")
+    found = remembered(node, 2)
+    assert same(found.standing, expected)
+    assert (found.standing.at, bool(found.standing.tuner)) == (at, then is LEARNED)
+
+
 def test_a_course_on_another_release_is_refused_until_it_is_rebased(node: Node) -> None:
     serving = Serving(node)
     released(node, config=course_config("ewc"))
@@ -324,17 +385,73 @@ def test_damaged_values_begin_a_course_anew(node: Node) -> None:
     assert remembered(node, 2).standing.tasks == 1
 
 
+@pytest.mark.parametrize("rule", ["none", "ewc"])
+def test_values_that_another_fedquilt_can_read_are_not_replaced(
+    node: Node, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    serving = Serving(node)
+    released(node, config=course_config(rule))
+    serving.personalize("2")
+    had = node.personal.get(2)
+    assert had is not None
+    with monkeypatch.context() as newer:
+        newer.setattr(personal_store, "FORMAT_VERSION", 3)
+        node.personal.put(2, had)
+    with pytest.raises(StoreError, match=r"values of user 2 are of format 3, this fedquilt reads up to 2; upgrade it"):
+        serving.personalize("2")
+    monkeypatch.setattr(personal_store, "FORMAT_VERSION", 3)
+    assert node.personal.get(2) == had
+
+
+def test_a_payload_that_a_newer_fedquilt_wrote_is_not_replaced(node: Node) -> None:
+    """Byte 2 is the version of the payload's table, 1; its checksum is right."""
+    serving = Serving(node)
+    released(node, config=course_config("ewc"))
+    serving.personalize("2")
+    kept = node.personal.get(2)
+    assert kept is not None
+    body = kept.payload[:2] + b"\2" + kept.payload[3:-4]
+    newer = replace(kept, payload=body + crc32(body).to_bytes(4, "little"))
+    node.personal.put(2, newer)
+    with pytest.raises(StoreError, match=r"values of user '2' cannot be read .*version.*; upgrade .*begin-anew"):
+        serving.personalize("2")
+    assert node.personal.get(2) == newer
+    serving.begin_anew("2")
+    serving.personalize("2")
+    assert remembered(node, 2).standing.tasks == 1
+
+
+def test_a_store_that_cannot_be_used_for_a_moment_begins_nothing_anew(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving = Serving(node)
+    released(node, config=course_config("ewc"))
+    serving.personalize("2")
+    had = node.personal.get(2)
+
+    def busy(user_id: int) -> Kept | None:
+        raise StoreError("the store cannot be used")
+
+    with monkeypatch.context() as moment:
+        moment.setattr(node.personal, "get", busy)
+        with pytest.raises(StoreError, match="cannot be used"):
+            serving.personalize("2")
+    assert node.personal.get(2) == had
+    serving.personalize("2")
+    assert remembered(node, 2).standing.tasks == 2
+
+
 def test_a_course_by_an_older_format_is_refused_with_the_remedy(node: Node) -> None:
     serving = Serving(node)
     released(node, config=course_config("ewc"))
     serving.personalize("2")
     kept = node.personal.get(2)
     assert kept is not None
-    node.personal.put(2, replace(kept, memory=kept.memory.replace(b"course 1", b"course 0")))
-    with pytest.raises(StoreError, match=r"user '2' cannot go on: .*'fedquilt course 0', not .*; have it begin anew"):
+    node.personal.put(2, replace(kept, memory=kept.memory.replace(b"course 2", b"course 1")))
+    with pytest.raises(StoreError, match=r"user '2' cannot go on: .*'fedquilt course 1', not .*; have it begin anew"):
         serving.personalize("2")
     newer = node.keep(pool_of(node, course_config("ewc"), 5).to_bytes())
-    with pytest.raises(StoreError, match=r"user '2' cannot move: .*'fedquilt course 0', not .*; have it begin anew"):
+    with pytest.raises(StoreError, match=r"user '2' cannot move: .*'fedquilt course 1', not .*; have it begin anew"):
         serving.rebase(newer, "2", margin=1e9)
     serving.begin_anew("2")
     serving.personalize("2")

@@ -173,7 +173,7 @@ def test_another_format_is_named(store: PersonalStore, tmp_path: Path) -> None:
     stored(tmp_path / "personal", b"\3\0later")
     with (
         PersonalStore(tmp_path / "personal") as reopened,
-        pytest.raises(StoreError, match=r"user 5 are of format 3, this fedquilt reads up to 2; use the release"),
+        pytest.raises(StoreError, match=r"user 5 are of format 3, this fedquilt reads up to 2; upgrade it"),
     ):
         reopened.get(5)
 

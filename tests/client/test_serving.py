@@ -245,6 +245,10 @@ def test_tuning_that_diverges_keeps_what_there_was(node: Node) -> None:
             {"signal": "maml", "rule": {"name": "rates"}},
             r"local\.learning_rate \(1e\+30\) or meta\.rule\.bound \(16\.0\)",
         ),
+        (
+            {"signal": "fomaml", "rule": {"name": "learned", "learning_rate": 1e30}},
+            r"meta\.rule\.learning_rate \(1e\+30\) or meta\.rule\.bound \(16\.0\)",
+        ),
     ],
 )
 @pytest.mark.parametrize("continual", ["none", "online_ewc"])

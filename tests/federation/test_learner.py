@@ -13,6 +13,7 @@ from federation.learner import (
     ActiveUnits,
     Learner,
     learner_of,
+    rate_of,
 )
 from federation.pool.model import PooledModel
 from federation.pool.spec import rows_of_mask
@@ -140,6 +141,26 @@ def test_before_anything_is_learned_rows_start_as_the_pools_own(rule: str, start
     started = made.start(copies, ACTIVE, features)
     assert all(torch.equal(started[name], copies[name]) for name in MODEL.spec.sections(MOST))
     assert list(started) == list(MODEL.spec.sections(MOST))
+
+
+@pytest.mark.parametrize("own", [None, 0.5])
+@pytest.mark.parametrize(
+    ("rule", "setting", "usual"),
+    [
+        ("sgd", "local.learning_rate", 0.125),
+        ("rates", "local.learning_rate", 0.125),
+        ("learned", "meta.rule.learning_rate", 0.01),
+    ],
+)
+def test_a_rules_rate_is_its_own_or_the_usual_one(rule: str, setting: str, usual: float, own: float | None) -> None:
+    described = {
+        "local": {"learning_rate": 0.125},
+        "meta": {"signal": "fomaml", "rule": {"name": rule, "learning_rate": own}},
+    }
+    config = parse(TaskConfig, described)
+    expected = (setting, usual) if own is None else ("meta.rule.learning_rate", own)
+    assert rate_of(config.meta, config.local) == expected
+    assert learner_of(config.meta, config.local, MODEL).rule.learning_rate == expected[1]
 
 
 def test_a_task_makes_the_learner_that_it_describes() -> None:

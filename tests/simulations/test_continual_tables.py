@@ -48,6 +48,14 @@ def test_the_example_reads_the_first_matrix() -> None:
     assert continual_tables.example(made_up_continual() | {"rules": {}}) == ""
 
 
+@pytest.mark.parametrize(("change", "verdict"), [(-4e-6, "nothing"), (4e-6, "nothing"), (-6e-4, "0.1 points")])
+def test_what_rounds_to_nothing_is_nothing_forgotten(change: float, verdict: str) -> None:
+    continual = made_up_continual()
+    r = continual["rules"]["none"]["r"]
+    r[-1][0] = r[0][0] + change
+    assert f"{verdict} forgotten" in continual_tables.example(continual)
+
+
 @pytest.mark.parametrize("name", get_args(RuleName.__args__[0]) + get_args(RuleName.__args__[1]))
 def test_every_rule_is_explained(name: str) -> None:
     assert continual_tables.rule_meaning(name)

@@ -27,6 +27,13 @@ def test_points_are_the_records_by_method_data_and_steps() -> None:
     assert (few_shots.unit, few_shots.band) == ("accuracy", "")
 
 
+@pytest.mark.parametrize("quality", [0.0, None])
+def test_a_frozen_model_that_is_never_right_is_known(quality: float | None) -> None:
+    record = with_curves()
+    record["methods"]["base"]["quality"] = quality
+    assert found(record).frozen == pytest.approx(float("nan") if quality is None else quality, nan_ok=True)
+
+
 def test_an_accuracys_error_is_a_band_of_two_errors_in_percent() -> None:
     record = with_curves()
     for entry in record["methods"].values():

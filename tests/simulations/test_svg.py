@@ -12,6 +12,7 @@ import pytest
 
 from simulations import curves, svg
 from simulations.statistics import Interval
+from simulations.tables import NOTHING
 from tests.simulations.meta_records import CURVES, R, made_up_continual, with_curves
 
 SPACE = "{http://www.w3.org/2000/svg}"
@@ -76,6 +77,25 @@ def test_every_cell_of_every_matrix_is_there_and_brighter_is_better() -> None:
     order = np.argsort([int(fill[1:3], 16) for fill in fills], kind="stable")
     values = np.array(cells).ravel()[order]
     assert list(values) == sorted(values)
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf, -math.inf])
+def test_cells_without_a_number_are_dashes_and_change_no_other_cell(lost: float) -> None:
+    fill = r'<rect [^>]*fill="(#\w{6})"[^>]*/><text [^>]*>([^<]*)</text>'
+    whole, broken = made_up_continual(), made_up_continual()
+    broken["rules"]["none"]["r"][0][1] = lost
+    before, after = (re.findall(fill, svg.task_matrices(continual)) for continual in (whole, broken))
+    assert len(before) == len(after) == 24
+    assert after[4][1] == NOTHING
+    assert [cell for at, cell in enumerate(after) if at != 4] == [cell for at, cell in enumerate(before) if at != 4]
+
+
+def test_a_matrix_without_any_number_is_drawn() -> None:
+    continual = made_up_continual()
+    for rule in continual["rules"].values():
+        rule["r"] = [[math.nan] * 3] * 3
+        rule["before"] = [math.nan] * 3
+    assert svg.task_matrices(continual).count(NOTHING) == 24
 
 
 def name_of_a_rule(name: str) -> str:
