@@ -9,7 +9,7 @@ from federation.config import TaskConfig
 from federation.errors import NodeError
 from federation.settings import overridden, parse
 
-LEARNED = "meta={signal='fomaml', rule={name='learned', learning_rate=0.01, hidden=2}, start={name='contextual', hidden=2, factors=2}}"
+LEARNED = "meta={signal='fomaml', rule={name='learned', hidden=2}, start={name='contextual', hidden=2, factors=2}}"
 LIMITS = TaskLimits(examples=80, gate_width=80, memory_kib=80)
 
 

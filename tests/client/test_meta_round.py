@@ -37,7 +37,7 @@ META: dict[str, dict[str, Any]] = {
     "reptile": {"signal": "reptile"},
     "fomaml": {"signal": "fomaml"},
     "fomaml, rates": {"signal": "fomaml", "rule": {"name": "rates"}},
-    "fomaml, learned": {"signal": "fomaml", "rule": {"name": "learned", "learning_rate": 0.01}, "start": {"name": "universal"}},
+    "fomaml, learned": {"signal": "fomaml", "rule": {"name": "learned"}, "start": {"name": "universal"}},
     "maml": {"signal": "maml"},
     "maml, recomputed": {"signal": "maml", "recompute": True, "rule": {"name": "rates"}},
     "maml, everything": {"signal": "maml", "rule": {"name": "rates"}, "start": {"name": "contextual"}},

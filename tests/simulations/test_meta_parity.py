@@ -45,7 +45,7 @@ LEARNED = ("rates/units", "rates/shared", "start")
 SIGNALS = {
     "fomaml": "meta={signal='fomaml', rule={name='rates'}, start={name='contextual', hidden=5, combinations=2}}",
     "maml": "meta={signal='maml', rule={name='rates'}, start={name='contextual', hidden=5, combinations=2}}",
-    "learned": "meta={signal='fomaml', rule={name='learned', learning_rate=0.01, hidden=3}, start={name='contextual', combinations=2}}",
+    "learned": "meta={signal='fomaml', rule={name='learned', hidden=3}, start={name='contextual', combinations=2}}",
 }
 LIMITS = "limits={pool_norm=0.05, gate_norm=0.0005, rates_norm=0.02, start_norm=0.002}"
 """All of them clip."""
