@@ -284,7 +284,7 @@ def test_a_disk_that_fills_up_in_a_line_of_the_history_is_said_and_resume_goes_o
 
 
 @pytest.mark.parametrize(
-    ("file_bytes", "words"), [(3_000, "CheckpointError: .*free space"), (40_000, "StoreError: .*free space")]
+    ("file_bytes", "words"), [(3_850, "CheckpointError: .*free space"), (40_000, "StoreError: .*free space")]
 )
 def test_files_that_may_not_grow_end_the_run_with_words_and_resume_goes_on(
     undisturbed: str, tmp_path: Path, file_bytes: int, words: str

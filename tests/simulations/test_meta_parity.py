@@ -163,7 +163,13 @@ def test_nodes_adapt_to_users_tasks_in_turn_as_a_simulation_does(
 ) -> None:
     builtin = {**POPULATIONS.builtin, "wanderers": f"{__name__}:wanderers"}
     monkeypatch.setattr("federation.data.registry.POPULATIONS", replace(POPULATIONS, builtin=builtin))
-    config = meta_config("maml", "population={name='wanderers', options={}}", "meta.tasks=2", "meta.query_steps=[1, 2]")
+    config = meta_config(
+        "maml",
+        "population={name='wanderers', options={}}",
+        "meta.tasks=2",
+        "meta.query_steps=[1, 2]",
+        "local.gain_examples=4",
+    )
     state, _ = deploy(config, tmp_path, USERS_PER_NODE)
     assert_same(state, simulated(config, tmp_path / "simulation"))
     once = meta_config("maml", "population={name='wanderers', options={}}", "meta.query_steps=[1, 2]")
@@ -171,7 +177,7 @@ def test_nodes_adapt_to_users_tasks_in_turn_as_a_simulation_does(
 
 
 def test_a_node_whose_users_have_no_tasks_says_so(tmp_path: Path) -> None:
-    config = meta_config("maml", "meta.tasks=2", "deployment.attempts=1")
+    config = meta_config("maml", "meta.tasks=2", "local.gain_examples=4", "deployment.attempts=1")
     with nodes_of(config, tmp_path, USERS_PER_NODE) as nodes:
         first = first_state(config, make_population(config.population).base_model())[1]
         pool = PoolFile(0, first.values, config.task)
