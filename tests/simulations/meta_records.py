@@ -48,7 +48,13 @@ def made_up_continual(quality: str = "accuracy") -> dict[str, Any]:
         means = {figure: {"mean": float(value_u[0]), "se": 0.01} for figure, value_u in metrics.items()}
         means["steps_to_target"] = {"mean": 7.25, "se": float("nan")}
         kept = 0.0 if name == "none" else 4096.0
-        rules[name] = {"r": [list(row) for row in r], "before": [0.1] * 3, "metrics": means, "bytes_per_user": kept, "diverged": 1}
+        rules[name] = {
+            "r": [list(row) for row in r],
+            "before": [0.1] * 3,
+            "metrics": means,
+            "bytes_per_user": kept,
+            "diverged": 1,
+        }
     joint_entry = {"quality": [0.9] * 3, "metrics": {"acc": {"mean": 0.9, "se": 0.02}}, "diverged": 0}
     sizes = {"tasks": 3, "steps": 10, "users": 12, "groups": 4}
     return {"quality": quality, **sizes, "rules": rules, "references": {"joint": joint_entry}}
