@@ -11,7 +11,7 @@ from federation.streams import Streams, UserIds
 
 
 @dataclass(frozen=True)
-class FewShots:
+class FewExamples:
     """The users of `examples` with a support part of `shots` examples, the same ones in every draw.
 
     streams: by which these are chosen. A user that owns fewer has some of them more than once.
@@ -28,13 +28,9 @@ class FewShots:
         owned = self.examples.batch(user_ids, part, self.shots, self.streams)
         if size is None or size >= self.shots:
             return owned
-        drawn_un = torch.as_tensor(streams.distinct("shots", user_ids, self.shots, size))
-        users_u1 = torch.arange(len(user_ids))[:, None]
-        return Batch(
-            owned.inputs[users_u1, drawn_un], owned.targets[users_u1, drawn_un], owned.weight[users_u1, drawn_un]
-        )
+        return owned.pick(torch.as_tensor(streams.distinct("shots", user_ids, self.shots, size)))
 
 
 def with_shots(examples: Examples, shots: int, streams: Streams) -> Examples:
     """Users with so many support examples; with 0, with all that they have."""
-    return FewShots(examples, shots, streams.at("shots", shots)) if shots else examples
+    return FewExamples(examples, shots, streams.at("shots", shots)) if shots else examples

@@ -63,7 +63,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class NextTask:
     """One task of U users. before: what they knew when it began. support: all their examples of it."""
 
     course: Course
@@ -82,23 +82,23 @@ class ContinualRule(Protocol):
     @property
     def version(self) -> int: ...
 
-    def bytes_after(self, lesson: Lesson) -> int:
+    def bytes_after(self, lesson: NextTask) -> int:
         """Bytes of a user's memory when this task has ended."""
         ...
 
-    def batch(self, lesson: Lesson, batch: Batch) -> Batch:
+    def batch(self, lesson: NextTask, batch: Batch) -> Batch:
         """What a step sees that was to see these examples of the task."""
         ...
 
-    def penalty(self, lesson: Lesson, rows: Rows, batch: Batch) -> Tensor:
+    def penalty(self, lesson: NextTask, rows: Rows, batch: Batch) -> Tensor:
         """What is added to each user's loss: (U,). `rows` are bound to the model meanwhile."""
         ...
 
-    def held(self, lesson: Lesson) -> Mapping[str, Tensor]:
+    def held(self, lesson: NextTask) -> Mapping[str, Tensor]:
         """Which rows stay as they are: {section: (U, k, 1) bool}; all sections, or nothing."""
         ...
 
-    def after(self, lesson: Lesson, rows: Rows) -> Memory:
+    def after(self, lesson: NextTask, rows: Rows) -> Memory:
         """The memory when the task has ended with these rows."""
         ...
 
@@ -120,7 +120,7 @@ def adapt_to(course: Course, now: Standing, examples: Examples, user_ids: UserId
     Raises ConfigError, before the first step, when the rule would need more than `most_bytes`.
     """
     support = examples.batch(user_ids, "support", None, streams)
-    lesson = Lesson(course, now, support, user_ids, streams)
+    lesson = NextTask(course, now, support, user_ids, streams)
     _check_bytes(lesson)
     stepped, at = _steps(lesson, examples)
     finite_u = _finite(stepped.rows)
@@ -145,7 +145,7 @@ def bytes_of(memory: Memory) -> int:
     return sum(tensor[0].numel() * tensor.element_size() for tensor in memory.values())
 
 
-def _steps(lesson: Lesson, examples: Examples) -> tuple[Stepped, int]:
+def _steps(lesson: NextTask, examples: Examples) -> tuple[Stepped, int]:
     """The rows after the task's steps, and how many steps the tuner counts."""
     course, before, tuning = lesson.course, lesson.before, lesson.course.tuning
     start, held = tuning.start or course.active.rows, course.rule.held(lesson)
@@ -160,7 +160,7 @@ def _steps(lesson: Lesson, examples: Examples) -> tuple[Stepped, int]:
     return now, before.at + tuning.steps
 
 
-def _gradients(lesson: Lesson, rows: Rows, batch: Batch) -> list[Tensor]:
+def _gradients(lesson: NextTask, rows: Rows, batch: Batch) -> list[Tensor]:
     model, rule = lesson.course.model, lesson.course.rule
     leaves = {name: row.detach().requires_grad_() for name, row in rows.items()}
     with torch.enable_grad(), model.bound(leaves):
@@ -168,7 +168,7 @@ def _gradients(lesson: Lesson, rows: Rows, batch: Batch) -> list[Tensor]:
     return list(torch.autograd.grad(loss_u.sum(), list(leaves.values())))
 
 
-def _check_bytes(lesson: Lesson) -> None:
+def _check_bytes(lesson: NextTask) -> None:
     rule, most = lesson.course.rule, lesson.course.most_bytes
     needed = rule.bytes_after(lesson)
     if needed > most:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from client.continual.course import Lesson, Memory
+from client.continual.course import Memory, NextTask
 from client.continual.penalties import Nothing
 from federation.continual_config import ContinualName
 from federation.pool.spec import Rows
@@ -28,16 +28,16 @@ class Isolation(Nothing):
     name: ClassVar[ContinualName] = "isolation"
     tasks: int = 5
 
-    def bytes_after(self, lesson: Lesson) -> int:
+    def bytes_after(self, lesson: NextTask) -> int:
         return lesson.course.active.units.valid_ujk[0].numel() + 8
 
-    def held(self, lesson: Lesson) -> Mapping[str, Tensor]:
+    def held(self, lesson: NextTask) -> Mapping[str, Tensor]:
         if not lesson.before.memory:
             return {}
         claimed_ujk = lesson.before.memory["claimed"]
         return {name: claimed_ujk[:, j, :, None] for j, name in enumerate(lesson.before.rows)}
 
-    def after(self, lesson: Lesson, rows: Rows) -> Memory:
+    def after(self, lesson: NextTask, rows: Rows) -> Memory:
         valid_ujk, memory = lesson.course.active.units.valid_ujk, lesson.before.memory
         claimed_ujk = memory["claimed"] if memory else torch.zeros_like(valid_ujk)
         ended_u = (memory["ended"] if memory else torch.zeros(len(valid_ujk), dtype=torch.int64)) + 1

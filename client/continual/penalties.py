@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from client.continual.course import Lesson, Memory, bytes_of
+from client.continual.course import Memory, NextTask, bytes_of
 from client.continual.fisher import fisher
 from client.continual.kept import ANCHOR
 from federation.base import BaseModel
@@ -26,19 +26,19 @@ class Nothing:
     name: ClassVar[ContinualName] = "none"
     version: ClassVar[int] = 1
 
-    def bytes_after(self, lesson: Lesson) -> int:
+    def bytes_after(self, lesson: NextTask) -> int:
         return 0
 
-    def batch(self, lesson: Lesson, batch: Batch) -> Batch:
+    def batch(self, lesson: NextTask, batch: Batch) -> Batch:
         return batch
 
-    def penalty(self, lesson: Lesson, rows: Rows, batch: Batch) -> Tensor:
+    def penalty(self, lesson: NextTask, rows: Rows, batch: Batch) -> Tensor:
         return torch.zeros(batch.users)
 
-    def held(self, lesson: Lesson) -> Mapping[str, Tensor]:
+    def held(self, lesson: NextTask) -> Mapping[str, Tensor]:
         return {}
 
-    def after(self, lesson: Lesson, rows: Rows) -> Memory:
+    def after(self, lesson: NextTask, rows: Rows) -> Memory:
         return {}
 
 
@@ -54,10 +54,10 @@ class Ewc(Nothing):
     name: ClassVar[ContinualName] = "ewc"
     strength: float = 1.0
 
-    def bytes_after(self, lesson: Lesson) -> int:
+    def bytes_after(self, lesson: NextTask) -> int:
         return bytes_of(lesson.before.memory) + 2 * bytes_of(lesson.before.rows)
 
-    def penalty(self, lesson: Lesson, rows: Rows, batch: Batch) -> Tensor:
+    def penalty(self, lesson: NextTask, rows: Rows, batch: Batch) -> Tensor:
         memory = lesson.before.memory
         tasks = range(_tasks(memory, rows))
         return sum(
@@ -65,7 +65,7 @@ class Ewc(Nothing):
             start=torch.zeros(batch.users),
         )
 
-    def after(self, lesson: Lesson, rows: Rows) -> Memory:
+    def after(self, lesson: NextTask, rows: Rows) -> Memory:
         memory = lesson.before.memory
         return {**memory, **_importance(lesson, rows, f" {_tasks(memory, rows)}")}
 
@@ -79,15 +79,15 @@ class OnlineEwc(Nothing):
     strength: float = 1.0
     forget: float = 0.1
 
-    def bytes_after(self, lesson: Lesson) -> int:
+    def bytes_after(self, lesson: NextTask) -> int:
         return 2 * bytes_of(lesson.before.rows)
 
-    def penalty(self, lesson: Lesson, rows: Rows, batch: Batch) -> Tensor:
+    def penalty(self, lesson: NextTask, rows: Rows, batch: Batch) -> Tensor:
         if not lesson.before.memory:
             return torch.zeros(batch.users)
         return _pull(self.strength, rows, *_remembered(lesson.before.memory, rows))
 
-    def after(self, lesson: Lesson, rows: Rows) -> Memory:
+    def after(self, lesson: NextTask, rows: Rows) -> Memory:
         memory, found = lesson.before.memory, _importance(lesson, rows)
         earlier = {name: (1 - self.forget) * memory[name] for name in memory if not name.startswith(ANCHOR)}
         return {name: value + earlier[name] if name in earlier else value for name, value in found.items()}
@@ -105,17 +105,17 @@ class Lwf(Nothing):
     name: ClassVar[ContinualName] = "lwf"
     strength: float = 1.0
 
-    def bytes_after(self, lesson: Lesson) -> int:
+    def bytes_after(self, lesson: NextTask) -> int:
         return 1
 
-    def penalty(self, lesson: Lesson, rows: Rows, batch: Batch) -> Tensor:
+    def penalty(self, lesson: NextTask, rows: Rows, batch: Batch) -> Tensor:
         if not lesson.before.memory:
             return torch.zeros(batch.users)
         model = lesson.course.model
         likeness_u = model.quality(batch, LikeBefore(model, lesson.before.rows))
         return -self.strength * likeness_u * lesson.before.memory["learned"]
 
-    def after(self, lesson: Lesson, rows: Rows) -> Memory:
+    def after(self, lesson: NextTask, rows: Rows) -> Memory:
         return {"learned": torch.ones(len(lesson.user_ids), dtype=torch.bool)}
 
 
@@ -136,7 +136,7 @@ class LikeBefore:
         return likeness.sum(-1).flatten(1).mean(1) if likeness.dim() > 2 else likeness.sum(-1)
 
 
-def _importance(lesson: Lesson, rows: Rows, task: str = "") -> dict[str, Tensor]:
+def _importance(lesson: NextTask, rows: Rows, task: str = "") -> dict[str, Tensor]:
     """The Fisher and the anchor of a task that has ended."""
     found = fisher(lesson.course.model, lesson.course.active, rows, lesson.support)
     fishers = {f"fisher{task} {name}": value for name, value in found.items()}

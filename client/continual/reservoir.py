@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from client.continual.course import Lesson, Memory
+from client.continual.course import Memory, NextTask
 from client.continual.penalties import Nothing
 from federation.continual_config import ContinualName
 from federation.data.population import Batch, side_by_side
@@ -29,11 +29,11 @@ class Replay(Nothing):
     name: ClassVar[ContinualName] = "replay"
     examples: int = 16
 
-    def bytes_after(self, lesson: Lesson) -> int:
+    def bytes_after(self, lesson: NextTask) -> int:
         kinds = (lesson.support.inputs, lesson.support.targets)
         return self.examples * sum(t.shape[2:].numel() * t.element_size() for t in kinds) + 8
 
-    def batch(self, lesson: Lesson, batch: Batch) -> Batch:
+    def batch(self, lesson: NextTask, batch: Batch) -> Batch:
         if not lesson.before.memory:
             return batch
         kept, seen_u = kept_examples(lesson.before.memory), lesson.before.memory["seen"]
@@ -41,10 +41,10 @@ class Replay(Nothing):
         now = Batch(batch.inputs, batch.targets, _of_mass(batch.weight, met_u))
         return side_by_side([now, Batch(kept.inputs, kept.targets, _of_mass(kept.weight, seen_u))])
 
-    def after(self, lesson: Lesson, rows: Rows) -> Memory:
+    def after(self, lesson: NextTask, rows: Rows) -> Memory:
         return filled(self._memory(lesson), lesson.support, lesson.user_ids, lesson.streams)
 
-    def _memory(self, lesson: Lesson) -> Memory:
+    def _memory(self, lesson: NextTask) -> Memory:
         """What there is, or empty slots."""
         support, users = lesson.support, len(lesson.user_ids)
         return lesson.before.memory or {

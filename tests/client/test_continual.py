@@ -12,7 +12,7 @@ from torch import Tensor
 
 from client.adapt import Adam, ByRule, tuned
 from client.continual import penalties
-from client.continual.course import Lesson, Memory, adapt_to, begin, bytes_of
+from client.continual.course import Memory, NextTask, adapt_to, begin, bytes_of
 from client.continual.fisher import fisher
 from client.continual.penalties import TEMPERATURE
 from client.continual.reservoir import Replay, filled, kept_examples
@@ -208,7 +208,7 @@ def test_a_penalty_has_the_gradient_of_its_finite_differences(rule: str) -> None
     course = course_with(classifying(rule), rule)
     stream = Stream.of(course.model.base, 3)
     standing = taken(course, stream, tasks=2)[-1]
-    lesson = Lesson(course, standing, stream.parts[2], IDS, STREAMS)
+    lesson = NextTask(course, standing, stream.parts[2], IDS, STREAMS)
     generator = torch.Generator().manual_seed(1)
     point = {name: row + 0.1 * torch.randn(row.shape, generator=generator) for name, row in standing.rows.items()}
     along = {name: torch.randn(row.shape, generator=generator) for name, row in point.items()}
@@ -368,7 +368,7 @@ def test_with_room_for_all_a_step_sees_the_mean_over_all_that_was_met() -> None:
     course = course_with(models.mlp, "replay", examples=40)
     stream = Stream.of(course.model.base, 3)
     standing = taken(course, stream, tasks=2)[-1]
-    lesson = Lesson(course, standing, stream.parts[2], IDS, STREAMS)
+    lesson = NextTask(course, standing, stream.parts[2], IDS, STREAMS)
     with torch.no_grad(), course.model.bound(standing.rows):
         found_u = course.model.loss(course.rule.batch(lesson, stream.parts[2]))
         expected_u = course.model.loss(side_by_side(stream.parts))
@@ -392,7 +392,7 @@ def test_the_expected_loss_of_a_step_is_that_of_all_that_was_met() -> None:
     users_u1 = torch.arange(users)[:, None]
     batch = Batch(second.inputs[users_u1, drawn], second.targets[users_u1, drawn], torch.ones(users, 3))
     with torch.no_grad(), model.bound(rows):
-        loss_u = model.loss(rule.batch(Lesson(course, before, second, ids, STREAMS), batch))
+        loss_u = model.loss(rule.batch(NextTask(course, before, second, ids, STREAMS), batch))
     with torch.no_grad(), model.bound({name: row[:1] for name, row in rows.items()}):
         expected = model.loss(side_by_side(tasks))[0]
     assert abs(loss_u.mean() - expected) < 5 * loss_u.std() / users**0.5
@@ -452,7 +452,7 @@ def test_a_memory_takes_the_bytes_that_were_announced(rule: str) -> None:
     after |= {"replay": (5 * (5 + 3) * 4 + 8,) * 2, "isolation": (valid + 8,) * 2}
     assert (bytes_of(standings[1].memory), bytes_of(standings[3].memory)) == after[rule]
     for index, standing in enumerate(standings[:3]):
-        lesson = Lesson(course, standing, stream.parts[index], IDS, STREAMS)
+        lesson = NextTask(course, standing, stream.parts[index], IDS, STREAMS)
         assert course.rule.bytes_after(lesson) == bytes_of(standings[index + 1].memory)
     sizes = [sum(t[user].numel() * t.element_size() for t in standings[3].memory.values()) for user in (0, 2)]
     assert set(sizes) == {after[rule][1]}
@@ -554,7 +554,7 @@ def test_who_missed_the_first_task_has_no_teacher_in_the_second() -> None:
     course = course_with(models.gpt2, "lwf")
     stream = Stream.of(course.model.base, 2)
     stream.parts[0].weight[1] = 0.0
-    lesson = Lesson(course, taken(course, stream, tasks=1)[-1], stream.parts[1], IDS, STREAMS)
+    lesson = NextTask(course, taken(course, stream, tasks=1)[-1], stream.parts[1], IDS, STREAMS)
     with course.model.bound(lesson.before.rows):
         penalty_u = course.rule.penalty(lesson, lesson.before.rows, stream.parts[1])
     assert penalty_u.gt(0).tolist() == [True, False, True]

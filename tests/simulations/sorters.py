@@ -182,7 +182,7 @@ def house(*methods: str, more: Sequence[str] = ()) -> House:
 
 
 def owned(shots: int) -> Batch:
-    """The examples that users own, asked for in another way than a `FewShots` that draws from them."""
+    """The examples that users own, asked for in another way than a `FewExamples` that draws from them."""
     return sorters().batch(IDS, "support", shots, Streams(0).at("shots", shots))
 
 
